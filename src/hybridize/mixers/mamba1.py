@@ -1,0 +1,224 @@
+"""The paper's mixer: Mamba-1 with per-head B and C and grouped x and B (arXiv 2511.02651, 2312.00752).
+
+Tensor names and row orders are those of the published checkpoints. A, D, the step-size bias and the state are
+used in fp32 whatever the module's dtype.
+
+Legend: B batch, L length, E hidden size, D channels (d_inner), N states per channel, H heads of N channels,
+G groups of heads, X = G N channels before they are repeated to D, K convolution taps.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad, silu
+
+from hybridize.mixers.base import Mixer, MixerState
+from hybridize.ops.selective_scan import selective_scan, selective_scan_step
+from hybridize.spec.mixers import Mamba1Spec
+
+# A padded token's step size before softplus, far enough under zero to give exactly 0 in every dtype.
+_NO_STEP = -1e4
+
+
+class Mamba1Mixer(Mixer):
+    """Mamba-1 as a drop-in for an attention module.
+
+    Args:
+        spec: a resolved spec.
+        hidden_size: E.
+        initializer_range: standard deviation of the linear layers' initial weights.
+
+    Raises:
+        ValueError: the spec is not resolved.
+    """
+
+    def __init__(self, spec: Mamba1Spec, hidden_size: int, *, initializer_range: float = 0.02) -> None:
+        super().__init__(spec, hidden_size, initializer_range=initializer_range)
+        if spec.d_inner is None or spec.d_xb is None or spec.dt_rank is None:
+            raise ValueError(f"spec: {spec!r} has open sizes; call spec.resolve(geometry) first")
+        self.spec = spec
+        self.initializer_range = initializer_range
+        self.d_inner, self.d_xb = spec.d_inner, spec.d_xb
+        self.num_states, self.num_heads, self.num_groups = spec.state_size, spec.num_heads, spec.num_groups
+        self.conv_kernel = spec.conv_kernel
+        self.in_proj = nn.Linear(hidden_size, 2 * spec.d_inner + 2 * spec.d_xb, bias=False)
+        self.dt_in_proj = nn.Linear(hidden_size, spec.dt_rank, bias=False)
+        self.dt_proj = nn.Linear(spec.dt_rank, spec.d_inner, bias=True)
+        self.conv1d = nn.Conv1d(spec.d_inner, spec.d_inner, spec.conv_kernel, groups=spec.d_inner)
+        self.A_log = nn.Parameter(torch.empty(spec.d_inner, spec.state_size))
+        self.D = nn.Parameter(torch.empty(spec.d_inner))
+        self.out_proj = nn.Linear(spec.d_inner, hidden_size, bias=False)
+        for parameter in (self.A_log, self.D, self.dt_proj.bias):
+            parameter._no_weight_decay = True
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Initialise as Mamba's constructor does: slow and fast decays, step sizes log-uniform.
+
+        Args:
+            generator: source of randomness; None: torch's global seed.
+        """
+        spec = self.spec
+        for projection in (self.in_proj, self.dt_in_proj, self.out_proj):
+            projection.weight.normal_(0.0, self.initializer_range, generator=generator)
+        tap_bound = self.conv_kernel**-0.5
+        self.conv1d.weight.uniform_(-tap_bound, tap_bound, generator=generator)
+        self.conv1d.bias.uniform_(-tap_bound, tap_bound, generator=generator)
+        rank_bound = self.dt_in_proj.out_features**-0.5
+        self.dt_proj.weight.uniform_(-rank_bound, rank_bound, generator=generator)
+        log_step = torch.empty(self.d_inner, dtype=torch.float32, device=self.dt_proj.bias.device)
+        log_step.uniform_(math.log(spec.dt_min), math.log(spec.dt_max), generator=generator)
+        step = log_step.exp().clamp(min=spec.dt_init_floor)
+        # softplus(bias) = step, written so that neither a small nor a large step loses digits.
+        self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
+        states = torch.arange(1, self.num_states + 1, dtype=torch.float32, device=self.A_log.device)
+        self.A_log.copy_(states.log().expand_as(self.A_log))
+        self.D.fill_(1.0)
+
+    def state_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor of the state."""
+        return {
+            "conv": (batch_size, self.d_inner, self.conv_kernel),
+            "ssm": (batch_size, self.d_inner, self.num_states),
+        }
+
+    def forward(
+        self,
+        hidden_BLE: Tensor,
+        *,
+        starts_BL: Tensor | None = None,
+        valid_BL: Tensor | None = None,
+        state: MixerState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, MixerState | None]:
+        """Mix along L; see `Mixer.forward`.
+
+        Padding may stand on the left, or on the right when no state is returned.
+
+        Raises:
+            ValueError: a mask or the state does not go with the input; names it and the remedy.
+        """
+        self._check(hidden_BLE, starts_BL, valid_BL, state)
+        if valid_BL is not None:
+            hidden_BLE = hidden_BLE.masked_fill(~valid_BL.unsqueeze(-1), 0.0)
+        widths = [self.d_inner, self.d_xb, self.d_xb, self.d_inner]
+        z_BLD, x_BLX, B_BLX, C_BLD = self.in_proj(hidden_BLE).split(widths, dim=-1)
+        dt_BLD = linear(self.dt_in_proj(hidden_BLE), self.dt_proj.weight)
+        if valid_BL is not None:
+            dt_BLD = dt_BLD.masked_fill(~valid_BL.unsqueeze(-1), _NO_STEP)
+        B_BLGN = B_BLX.unflatten(-1, (self.num_groups, self.num_states))
+        C_BLHN = C_BLD.unflatten(-1, (self.num_heads, self.num_states))
+        bias_scale = 2.0 if self.spec.dt_bias_mode == "double" else 1.0
+        A_DN = -torch.exp(_at_least_fp32(self.A_log))
+        D_D, dt_bias_D = _at_least_fp32(self.D), _at_least_fp32(self.dt_proj.bias) * bias_scale
+
+        if state is not None and hidden_BLE.shape[1] == 1:
+            if starts_BL is not None:
+                state = MixerState(*(tensor.masked_fill(starts_BL.unsqueeze(-1), 0.0) for tensor in state))
+            newest_BD1 = self._repeat(x_BLX).transpose(1, 2)
+            window_BDK = torch.cat([state.conv[..., 1:].to(newest_BD1.dtype), newest_BD1], dim=-1)
+            taps_DK = _at_least_fp32(self.conv1d.weight.squeeze(1))
+            x_BD = silu((window_BDK * taps_DK).sum(dim=-1) + self.conv1d.bias).to(x_BLX.dtype)
+            y_BD, ssm_BDN = selective_scan_step(
+                state.ssm,
+                x_BD,
+                dt_BLD[:, 0],
+                A_DN,
+                B_BLGN[:, 0],
+                C_BLHN[:, 0],
+                D_D=D_D,
+                dt_bias_D=dt_bias_D,
+                z_BD=z_BLD[:, 0],
+            )
+            if valid_BL is not None:
+                window_BDK = torch.where(valid_BL.unsqueeze(-1), window_BDK, state.conv)
+            new_state = MixerState(window_BDK, ssm_BDN)
+            return self.out_proj(y_BD.unsqueeze(1)), new_state if return_state else None
+
+        x_BLD, window = self._convolve(x_BLX, starts_BL, None if state is None else state.conv, return_state)
+        y_BLD, ssm = selective_scan(
+            x_BLD,
+            dt_BLD,
+            A_DN,
+            B_BLGN,
+            C_BLHN,
+            D_D=D_D,
+            dt_bias_D=dt_bias_D,
+            z_BLD=z_BLD,
+            starts_BL=starts_BL,
+            initial_state_BDN=None if state is None else state.ssm,
+            return_final_state=return_state,
+        )
+        out_BLE = self.out_proj(y_BLD)
+        if window is None or ssm is None:
+            return out_BLE, None
+        return out_BLE, MixerState(window, ssm)
+
+    def _repeat(self, x_BLX: Tensor) -> Tensor:
+        """Repeat each group's channels for its heads: [B, L, X] -> [B, L, D]."""
+        x_BLGN = x_BLX.unflatten(-1, (self.num_groups, self.num_states))
+        return x_BLGN.repeat_interleave(self.num_heads // self.num_groups, dim=2).flatten(2)
+
+    def _convolve(
+        self, x_BLX: Tensor, starts_BL: Tensor | None, window_BDK: Tensor | None, return_window: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Repeat x to D channels, convolve causally within documents, apply SiLU.
+
+        A sum of shifted inputs, one term per tap: the repeated input is never held, and a tap that reaches
+        into another document is masked. Sums are in fp32 at least. Returns the result [B, L, D] in x's dtype
+        and, if asked for, the last K inputs [B, D, K].
+        """
+        taps, num_groups = self.conv_kernel, self.num_groups
+        length, grouped = x_BLX.shape[1], (num_groups, -1, self.num_states)  # G, heads of a group, N
+        if window_BDK is None:
+            past_BLX = pad(x_BLX, (0, 0, taps, 0))
+        else:
+            window_BXK = window_BDK.unflatten(1, grouped)[:, :, 0].flatten(1, 2)
+            past_BLX = torch.cat([window_BXK.transpose(1, 2).to(x_BLX.dtype), x_BLX], dim=1)
+        document_BL = None
+        if starts_BL is not None:
+            document_BL = pad(starts_BL.cumsum(dim=1), (taps, 0))
+        exact_BLX = _at_least_fp32(past_BLX)
+        weight_DK = self.conv1d.weight.squeeze(1).to(exact_BLX.dtype)
+        sum_BLGRN = self.conv1d.bias.to(exact_BLX.dtype).unflatten(0, grouped)
+        for tap in range(taps):
+            first = tap + 1  # the last tap reads the token itself, `past` is longer by `taps`
+            shifted_BLX = exact_BLX[:, first : first + length]
+            if document_BL is not None and first < taps:
+                other_BL = document_BL[:, first : first + length] != document_BL[:, taps:]
+                shifted_BLX = shifted_BLX.masked_fill(other_BL.unsqueeze(-1), 0.0)
+            shifted_BLG1N = shifted_BLX.unflatten(-1, (num_groups, 1, self.num_states))
+            sum_BLGRN = torch.addcmul(sum_BLGRN, shifted_BLG1N, weight_DK[:, tap].unflatten(0, grouped))
+        x_BLD = silu(sum_BLGRN.flatten(2)).to(x_BLX.dtype)
+        if not return_window:
+            return x_BLD, None
+        last_BKX = past_BLX[:, -taps:]
+        if document_BL is not None:
+            other_BK = document_BL[:, -taps:] != document_BL[:, -1:]
+            last_BKX = last_BKX.masked_fill(other_BK.unsqueeze(-1), 0.0)
+        return x_BLD, self._repeat(last_BKX).transpose(1, 2).contiguous()
+
+    def _check(
+        self, hidden_BLE: Tensor, starts_BL: Tensor | None, valid_BL: Tensor | None, state: MixerState | None
+    ) -> None:
+        hidden_size = self.in_proj.in_features
+        if hidden_BLE.ndim != 3 or hidden_BLE.shape[-1] != hidden_size:
+            raise ValueError(
+                f"hidden_BLE: shape {tuple(hidden_BLE.shape)}; pass [batch, length, {hidden_size}]"
+            )
+        leading = tuple(hidden_BLE.shape[:2])
+        for name, mask in (("starts_BL", starts_BL), ("valid_BL", valid_BL)):
+            if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != leading):
+                got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+                raise ValueError(f"{name}: {got}; pass a bool tensor of shape {list(leading)}")
+        if state is not None:
+            for name, shape in self.state_shapes(leading[0]).items():
+                got_shape = tuple(getattr(state, name).shape)
+                if got_shape != shape:
+                    raise ValueError(f"state.{name}: shape {got_shape}; pass {list(shape)}")
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,183 @@
+"""The hybrids' model classes: the teacher's own class with some attention modules swapped for mixers.
+
+`HybridLlamaForCausalLM(LlamaForCausalLM)` and its like are built by one factory from the table of families.
+Nothing of the teacher's modelling code is copied: `__init__` builds the teacher's modules and then replaces
+the attention modules of the layers whose entry in `config.mixers` is not attention.
+
+What a mixer must know beyond its input, padding and the starts of packed documents, is derived once per
+forward by a hook on the base model and travels to the layers as keyword arguments, which decoder layers pass
+on to attention. It sits on the base model so that calls to `model.model` (losses that never hold all logits
+make them) are covered too.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import find_packed_sequence_indices
+
+from hybridize.models.adapter import FP32_PATTERNS, MixerLayer
+from hybridize.models.configs import hybrid_config_class
+from hybridize.models.families import FAMILIES, ModelFamily, find_family
+
+# The leading parameters of a decoder's forward, in their order: transformers' convention.
+_POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+
+
+class HybridMixin:
+    """What makes a family's causal language model a hybrid."""
+
+    _is_stateful = True  # a recurrent state cannot be rolled back: no assisted decoding
+    _can_compile_fullgraph = False
+    _keep_in_fp32_modules_strict = FP32_PATTERNS
+
+    config: Any
+    base_model: Any
+    modules: Any
+    post_init: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        for layer in config.layout.replaced:
+            set_attention_module(self, layer, make_mixer_layer(config, layer))
+        self.base_model.register_forward_pre_hook(_hand_to_mixers, with_kwargs=True)
+        self.post_init()
+
+    def initialize_weights(self) -> None:
+        """Initialise what no checkpoint has filled: mixers by their own rule, the rest by the teacher's."""
+        for module in self.modules():
+            if isinstance(module, MixerLayer):
+                module.initialize_missing()
+        super().initialize_weights()  # type: ignore[misc]
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """Leave the 2-D mask as it is for static caches as well: the mixers need to see the padding."""
+        return attention_mask
+
+
+def make_mixer_layer(config: Any, layer: int) -> MixerLayer:
+    """Build the mixer of one layer as the config describes it."""
+    return MixerLayer(
+        config.layout.layers[layer],
+        config.hidden_size,
+        layer,
+        initializer_range=getattr(config, "initializer_range", None) or 0.02,
+    )
+
+
+def attention_module(model: nn.Module, layer: int) -> nn.Module:
+    """The module that mixes along the sequence in one layer: the teacher's attention or a `MixerLayer`."""
+    family = find_family(model.config.model_type)
+    return model.get_submodule(family.attention_path(layer))
+
+
+def set_attention_module(model: nn.Module, layer: int, module: nn.Module) -> None:
+    """Put `module` where the layer has its attention. The config is the caller's business."""
+    path = find_family(model.config.model_type).attention_path(layer)
+    model.set_submodule(path, module, strict=True)
+
+
+def _hand_to_mixers(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Derive padding and document starts from a base model's inputs, as further keyword arguments."""
+    if not module.config.has_mixers:
+        return None
+    inputs = dict(zip(_POSITIONAL, args, strict=False)) | kwargs
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    if tokens is None:
+        return None
+    batch, length = tokens.shape[:2]
+    if mask is not None:
+        valid_BL = _valid_tokens(mask, length, inputs.get("past_key_values") is not None)
+        if valid_BL is None:
+            return None
+        return (), inputs | {"mixer_valid": valid_BL} | _cache_with_padding(inputs, valid_BL)
+    if positions is not None and inputs.get("past_key_values") is None:
+        starts_BL = document_starts(positions, batch)
+        if starts_BL is not None:
+            # With a cache, transformers' attention masks would let packed documents leak into one another.
+            return (), inputs | {"mixer_starts": starts_BL} | _without_cache(inputs, "packed documents")
+    return None
+
+
+def _valid_tokens(mask: Any, length: int, has_cache: bool) -> Tensor | None:
+    """The last `length` columns of a 2-D padding mask as [batch, length] bool; None if nothing is padding."""
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        shape = f"of {mask.ndim} dimensions" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask: a hybrid needs the 2-D padding mask [batch, length], got {shape}; a mixer "
+            "cannot follow any other. For packed documents pass position_ids that restart at 0, and no mask"
+        )
+    if length == 1 and has_cache:
+        return None  # a token being generated is never padding
+    valid_BL = mask[:, -length:].to(torch.bool)
+    if not torch.compiler.is_compiling() and bool(valid_BL.all()):
+        return None
+    return valid_BL
+
+
+def _cache_with_padding(inputs: dict[str, Any], valid_BL: Tensor) -> dict[str, Any]:
+    """Keep padding that follows a token out of a cache: a mixer's state must end with a row's last token."""
+    cache = inputs.get("past_key_values")
+    if torch.compiler.is_compiling():
+        return {}
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        return _without_cache(inputs, "sequences with padding after their first token")
+    if bool((valid_BL[:, :-1] & ~valid_BL[:, 1:]).any()):
+        return _without_cache(inputs, "sequences that are not padded on the left")
+    return {}
+
+
+def _without_cache(inputs: dict[str, Any], what: str) -> dict[str, Any]:
+    """Turn the cache off where the caller leaves it open; raise a `ValueError` where one is asked for."""
+    if inputs.get("use_cache") or inputs.get("past_key_values") is not None:
+        raise ValueError(
+            f"use_cache: a hybrid cannot cache {what}; pass use_cache=False, or one document per row, "
+            "padded on the left"
+        )
+    return {"use_cache": False}
+
+
+def document_starts(position_ids: Tensor, batch: int) -> Tensor | None:
+    """Find where packed documents start, by the very rule that transformers' attention masks use.
+
+    Args:
+        position_ids: [batch or 1, length]; a new document starts wherever they do not rise by 1.
+        batch: B.
+
+    Returns:
+        [batch, length] bool, True at the first token of each document; None if every row is one document.
+    """
+    document_BL = find_packed_sequence_indices(position_ids)
+    if document_BL is None:
+        return None
+    before_first = document_BL[:, :1] - 1
+    return torch.diff(document_BL, prepend=before_first, dim=-1).ne(0).expand(batch, -1)
+
+
+@functools.cache
+def hybrid_model_class(model_type: str) -> Any:
+    """The hybrid's model class of one family, by the teacher's model type, e.g. `HybridLlamaForCausalLM`."""
+    return _build(find_family(model_type))
+
+
+def _build(family: ModelFamily) -> Any:
+    body = {
+        "__module__": __name__,
+        "__doc__": f"{family.model_class} with the attention of some layers replaced by mixers "
+        "(`config.mixers`).",
+        "config_class": hybrid_config_class(family.model_type),
+    }
+    return type(family.hybrid_model_class, (HybridMixin, family.teacher_model()), body)
+
+
+def __getattr__(name: str) -> Any:
+    """Make `HybridLlamaForCausalLM` and its like importable (and picklable) by name; built at first use."""
+    for family in FAMILIES.values():
+        if name == family.hybrid_model_class:
+            return hybrid_model_class(family.model_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

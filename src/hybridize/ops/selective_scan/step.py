@@ -1,0 +1,78 @@
+"""One decode step of the selective scan: the recurrence once, for one token of each sequence.
+
+Legend: B batch, D channels, N states per channel, H heads, G groups of heads, P channels per head or group.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu, softplus
+
+
+def selective_scan_step(
+    state_BDN: Tensor,
+    x_BD: Tensor,
+    dt_BD: Tensor,
+    A_DN: Tensor,
+    B_BGN: Tensor,
+    C_BHN: Tensor,
+    *,
+    D_D: Tensor | None = None,
+    dt_bias_D: Tensor | None = None,
+    dt_softplus: bool = True,
+    z_BD: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advance the state by one token (arXiv 2312.00752, algorithm 2, one turn of the loop).
+
+    Args:
+        state_BDN: state before the token, [B, D, N]; left as it is.
+        x_BD: input, [B, D].
+        dt_BD: step size before bias and softplus, [B, D].
+        A_DN: -exp(A_log), [D, N]; negative.
+        B_BGN: input projection per group, [B, G, N].
+        C_BHN: read-out per head, [B, H, N].
+        D_D: weight of the skip connection, [D].
+        dt_bias_D: added to dt, [D].
+        dt_softplus: whether softplus makes the step size of dt.
+        z_BD: gate, [B, D].
+
+    Returns:
+        y [B, D] in x's dtype, and the new state [B, D, N] in fp32 (fp64 if x is).
+
+    Raises:
+        ValueError: a shape does not fit; names the argument, its value and the remedy.
+    """
+    batch, num_channels = x_BD.shape
+    num_states = A_DN.shape[1]
+    expected = {
+        "state_BDN": (state_BDN, (batch, num_channels, num_states)),
+        "dt_BD": (dt_BD, (batch, num_channels)),
+        "A_DN": (A_DN, (num_channels, num_states)),
+        "B_BGN": (B_BGN, (batch, B_BGN.shape[1], num_states)),
+        "C_BHN": (C_BHN, (batch, C_BHN.shape[1], num_states)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}; pass {list(shape)}, to go with x and A")
+    num_groups, num_heads = B_BGN.shape[1], C_BHN.shape[1]
+    if num_channels % num_heads or num_heads % num_groups:
+        raise ValueError(
+            f"B_BGN, C_BHN: {num_groups} groups, {num_heads} heads, {num_channels} channels; "
+            "groups must divide heads, and heads channels"
+        )
+    dtype = torch.promote_types(x_BD.dtype, torch.float32)
+    x = x_BD.to(dtype)
+    delta_BD = dt_BD.to(dtype)
+    if dt_bias_D is not None:
+        delta_BD = delta_BD + dt_bias_D.to(dtype)
+    if dt_softplus:
+        delta_BD = softplus(delta_BD)
+    decay_BDN = torch.exp(delta_BD.unsqueeze(-1) * A_DN.to(dtype))
+    drive_BGPN = (delta_BD * x).view(batch, num_groups, -1, 1) * B_BGN.to(dtype).unsqueeze(2)
+    new_state_BDN = torch.addcmul(drive_BGPN.flatten(1, 2), decay_BDN, state_BDN.to(dtype))
+    y_BHP = (new_state_BDN.unflatten(1, (num_heads, -1)) * C_BHN.to(dtype).unsqueeze(2)).sum(dim=-1)
+    y_BD = y_BHP.flatten(1)
+    if D_D is not None:
+        y_BD = y_BD + D_D.to(dtype) * x
+    if z_BD is not None:
+        y_BD = y_BD * silu(z_BD.to(dtype))
+    return y_BD.to(x_BD.dtype), new_state_BDN

@@ -1,0 +1,23 @@
+"""Attention weights to mixer weights, as a plan that explains itself: expressions first, tensors second."""
+
+from hybridize.transfer.conversion import ConversionPlan, convert, plan_conversion, replace_layer
+from hybridize.transfer.expressions import Fresh, Stack, Take
+from hybridize.transfer.pairing import aligned_order, count_aligned
+from hybridize.transfer.plan import INITS, Entry, InitName, TransferPlan, plan_transfer
+
+__all__ = [
+    "INITS",
+    "ConversionPlan",
+    "Entry",
+    "Fresh",
+    "InitName",
+    "Stack",
+    "Take",
+    "TransferPlan",
+    "aligned_order",
+    "convert",
+    "count_aligned",
+    "plan_conversion",
+    "plan_transfer",
+    "replace_layer",
+]

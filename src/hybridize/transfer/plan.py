@@ -1,0 +1,196 @@
+"""The plan of one layer's transfer: an expression per student tensor, the fate of every teacher tensor."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hybridize.mixers import build_mixer
+from hybridize.spec import AttentionGeometry, Mamba1Spec, MixerSpec
+from hybridize.spec.base import choose
+from hybridize.transfer.expressions import Expression, Take
+from hybridize.transfer.mamba1 import AttentionTensors, carry_attention, fresh_expressions, pairing_note
+
+InitName = Literal["aligned", "published", "random"]
+
+INITS: tuple[str, ...] = get_args(InitName)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the student: its full name, shape and what it is made of."""
+
+    target: str
+    shape: tuple[int, ...]
+    expression: Expression
+
+    def __str__(self) -> str:
+        """A sentence."""
+        return f"{self.target} [{' x '.join(map(str, self.shape))}] = {self.expression}"
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """How one layer's attention becomes a mixer.
+
+    Attributes:
+        spec: the mixer, resolved.
+        hidden_size: E.
+        initializer_range: standard deviation of randomly initialised projections.
+        init: the name of the initialisation.
+        prefix: full name of the mixer, before each of its tensors' names.
+        entries: one per tensor of the mixer.
+        dropped: each tensor of the attention that no entry uses, and why.
+        note: a remark on the transfer as a whole.
+    """
+
+    spec: Mamba1Spec
+    hidden_size: int
+    initializer_range: float
+    init: str
+    prefix: str
+    entries: tuple[Entry, ...]
+    dropped: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def used(self) -> dict[str, list[str]]:
+        """The teacher's tensors that are carried over, each with the student's tensors it goes to."""
+        fates: dict[str, list[str]] = {}
+        for entry in self.entries:
+            for leaf in entry.expression.leaves():
+                if isinstance(leaf, Take):
+                    fates.setdefault(leaf.source, []).append(entry.target)
+        return fates
+
+    def apply(
+        self, sources: Mapping[str, Tensor], generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Make the student's tensors.
+
+        Args:
+            sources: the teacher's tensors by full name; more than needed is fine.
+            generator: decides what is drawn; the global generator is left alone. Default: seed 0.
+
+        Returns:
+            The student's tensors by full name. What is carried over, wholly or in part, has the teacher's
+            dtype and device; what is initialised is fp32 on the CPU.
+
+        Raises:
+            ValueError: a tensor of the teacher is absent, or one comes out in the wrong shape.
+        """
+        absent = sorted(set(self.used) - set(sources))
+        if absent:
+            raise ValueError(
+                f"{self.prefix}: the teacher's tensors lack {', '.join(absent)}; hand over all of them"
+            )
+        fresh = self._fresh(generator)
+        made = {}
+        for entry in self.entries:
+            tensor = entry.expression.evaluate(sources, fresh)
+            if tuple(tensor.shape) != entry.shape:
+                raise ValueError(
+                    f"{entry.target}: it comes out as {list(tensor.shape)}, but the mixer needs "
+                    f"{list(entry.shape)}; the teacher's tensors do not have the sizes that its config says"
+                )
+            made[entry.target] = tensor
+        return made
+
+    def _fresh(self, generator: torch.Generator | None) -> dict[str, Tensor]:
+        generator = generator or torch.Generator().manual_seed(0)
+        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(seed)
+            mixer = build_mixer(self.spec, self.hidden_size, initializer_range=self.initializer_range)
+        return {name: tensor.detach().float() for name, tensor in mixer.state_dict().items()}
+
+    def __str__(self) -> str:
+        """A line per tensor of the mixer, then one per tensor of the attention that was dropped."""
+        lines = [str(entry) for entry in self.entries]
+        lines += [f"{name}: dropped, {why}" for name, why in self.dropped.items()]
+        return "\n".join([*lines, self.note] if self.note else lines)
+
+
+def plan_transfer(
+    geometry: AttentionGeometry,
+    spec: MixerSpec,
+    init: str = "aligned",
+    *,
+    source: str = "self_attn",
+    target: str = "self_attn.mixer",
+    projections: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+    source_tensors: Sequence[str] | None = None,
+    initializer_range: float = 0.02,
+    place: str = "mixer",
+) -> TransferPlan:
+    """Plan how one layer's attention becomes a mixer.
+
+    Args:
+        geometry: of the teacher's attention.
+        spec: the mixer; open sizes are filled in from `geometry`.
+        init: `aligned` carries attention over with each scan head paired to one slice of one query head;
+            `published` as Mamba-in-Llama's public code does, rows as they lie; `random` carries nothing over.
+        source: full name of the attention module, before its tensors' names.
+        target: full name of the mixer.
+        projections: names of the query, key, value and output projections within the attention module.
+        source_tensors: full names of all tensors of the attention module; default: the four projections'
+            weights.
+        initializer_range: standard deviation of randomly initialised projections.
+        place: what to call the mixer in errors.
+
+    Raises:
+        ValueError: the initialisation is unknown or the sizes do not fit; or the attention has a tensor, such
+            as a bias, that the mixer has no place for.
+    """
+    choose("init", init, INITS)
+    if not isinstance(spec, Mamba1Spec):
+        raise ValueError(
+            f"{place}: a transfer makes a mixer, but the layer is to be {spec.type!r}; leave it out"
+        )
+    spec = spec.resolve(geometry)
+    names = AttentionTensors(*(f"{source}.{name}.weight" for name in projections))
+    weights = (names.q, names.k, names.v, names.o)
+    present = list(weights if source_tensors is None else source_tensors)
+    if init == "random":
+        expressions = fresh_expressions(spec, initializer_range)
+        dropped = dict.fromkeys(present, "since init 'random' carries nothing over")
+        note = ""
+    else:
+        _check_sources(present, weights, spec)
+        aligned = init == "aligned"
+        expressions = carry_attention(geometry, spec, names, initializer_range, aligned, place)
+        dropped, note = {}, pairing_note(geometry, spec, aligned)
+    shapes = mixer_shapes(spec, geometry.hidden_size)
+    if expressions.keys() != shapes.keys():
+        unaccounted = sorted(expressions.keys() ^ shapes.keys())
+        raise ValueError(
+            f"{place}: no rule accounts for the mixer's tensors {', '.join(unaccounted)}; add one"
+        )
+    entries = tuple(Entry(f"{target}.{name}", shape, expressions[name]) for name, shape in shapes.items())
+    plan = TransferPlan(spec, geometry.hidden_size, initializer_range, init, target, entries, dropped, note)
+    assert set(present) == set(plan.used) | set(plan.dropped)
+    return plan
+
+
+def mixer_shapes(spec: MixerSpec, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a mixer, by its name within the mixer."""
+    with torch.device("meta"):
+        mixer = build_mixer(spec, hidden_size)
+    return {name: tuple(tensor.shape) for name, tensor in mixer.state_dict().items()}
+
+
+def _check_sources(present: Sequence[str], weights: Sequence[str], spec: Mamba1Spec) -> None:
+    homeless = [name for name in present if name not in weights]
+    if homeless:
+        raise ValueError(
+            f"{', '.join(homeless)}: a {spec.type} mixer has no place for these tensors of the teacher's "
+            "attention; leave the layer attention, or use init 'random'"
+        )
+    absent = [name for name in weights if name not in present]
+    if absent:
+        raise ValueError(
+            f"{', '.join(absent)}: not among the teacher's tensors; check the names in "
+            "hybridize/models/families.py"
+        )
