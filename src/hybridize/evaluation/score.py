@@ -21,7 +21,9 @@ class Score:
 
     def __post_init__(self) -> None:
         if not 0 <= self.correct <= self.total or self.total < 1:
-            raise ValueError(f"score: {self.correct} of {self.total} is no count; give 0 <= correct <= total, total > 0")
+            raise ValueError(
+                f"score: {self.correct} of {self.total} is no count; give 0 <= correct <= total, total > 0"
+            )
 
     @property
     def accuracy(self) -> float:
@@ -34,7 +36,8 @@ class Score:
         n, p, z2 = self.total, self.accuracy, Z_95**2
         centre = (p + z2 / (2 * n)) / (1 + z2 / n)
         half = Z_95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-        return max(0.0, centre - half), min(1.0, centre + half)
+        # Rounding must not push an end past the accuracy, which is one of the ends at 0 and at 1.
+        return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
     def as_dict(self) -> dict[str, float | int]:
         """Plain data for a manifest."""

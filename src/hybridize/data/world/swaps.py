@@ -1,4 +1,4 @@
-"""State tracking: people hold things and swap them; each step needs the newest holding of two people."""
+"""State tracking: people hold things and swap them; each step writes the whole state anew after one swap."""
 
 import re
 from random import Random
@@ -6,10 +6,10 @@ from random import Random
 from hybridize.data.world.problem import Problem, StepError, Task
 from hybridize.data.world.words import OBJECTS, PEOPLE
 
-SIZES = {1: (3, 4), 2: (3, 6), 3: (4, 8), 4: (5, 11), 5: (5, 16), 6: (6, 24), 7: (7, 36), 8: (8, 84)}
+SIZES = {1: (3, 3), 2: (3, 5), 3: (4, 6), 4: (4, 9), 5: (5, 12), 6: (6, 16), 7: (7, 24), 8: (8, 44)}
 """(people, swaps) per level."""
 
-_STEP = re.compile(r"(\w+) (\w+), (\w+) (\w+): (\w+) (\w+), (\w+) (\w+)")
+_STEP = re.compile(r"(\w+) and (\w+): (\w+ \w+(?:, \w+ \w+)*)")
 
 
 def draw(rng: Random, level: int) -> Problem:
@@ -19,14 +19,13 @@ def draw(rng: Random, level: int) -> Problem:
     swaps = [tuple(rng.sample(range(num_people), 2)) for _ in range(num_swaps)]
     asked = rng.randrange(num_people)
     holdings = dict(zip(people, objects, strict=True))
-    start = ", ".join(f"{person} {thing}" for person, thing in holdings.items())
+    start = _show(holdings)
     sentences, lines = [], []
     for a, b in swaps:
         one, two = people[a], people[b]
         sentences.append(f"{one} and {two} swap.")
-        before = f"{one} {holdings[one]}, {two} {holdings[two]}"
         holdings[one], holdings[two] = holdings[two], holdings[one]
-        lines.append(f"{before}: {one} {holdings[one]}, {two} {holdings[two]}")
+        lines.append(f"{one} and {two}: {_show(holdings)}")
     return Problem(
         task="swaps",
         level=level,
@@ -41,29 +40,27 @@ def draw(rng: Random, level: int) -> Problem:
     )
 
 
+def _show(holdings: dict[str, str]) -> str:
+    return ", ".join(f"{person} {thing}" for person, thing in holdings.items())
+
+
 def check_steps(problem: Problem, lines: list[str]) -> None:
-    """Each line must be the next swap with the right holdings before and after it; no swap may be missing."""
+    """Each line must name the next swap and the whole state after it; no swap may be missing."""
     holdings = dict(problem.facts["start"])
     swaps: list[tuple[str, str]] = problem.facts["swaps"]
     for position, line in enumerate(lines):
+        where = f"step {position + 1}"
         if position >= len(swaps):
-            raise StepError(f"step {position + 1}: there is no swap left, but it says {line!r}")
+            raise StepError(f"{where}: there is no swap left, but it says {line!r}")
         match = _STEP.fullmatch(line)
         if not match:
-            raise StepError(f"step {position + 1}: {line!r} is not a swap")
-        words = match.groups()
+            raise StepError(f"{where}: {line!r} is not a swap")
         one, two = swaps[position]
-        if (words[0], words[2]) != (one, two) or (words[4], words[6]) != (one, two):
-            raise StepError(f"step {position + 1}: the swap is {one} and {two}, not {line!r}")
-        if (words[1], words[3]) != (holdings[one], holdings[two]):
-            raise StepError(
-                f"step {position + 1}: before it {one} has the {holdings[one]}, {two} the {holdings[two]}; not {line!r}"
-            )
+        if match.group(1, 2) != (one, two):
+            raise StepError(f"{where}: the swap is {one} and {two}, not {match[1]} and {match[2]}")
         holdings[one], holdings[two] = holdings[two], holdings[one]
-        if (words[5], words[7]) != (holdings[one], holdings[two]):
-            raise StepError(
-                f"step {position + 1}: after it {one} has the {holdings[one]}, {two} the {holdings[two]}; not {line!r}"
-            )
+        if match[3] != _show(holdings):
+            raise StepError(f"{where}: then the state is {_show(holdings)!r}, not {match[3]!r}")
     if len(lines) < len(swaps):
         raise StepError(f"step {len(lines) + 1}: {len(swaps) - len(lines)} swaps are missing")
 

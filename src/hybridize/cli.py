@@ -1,0 +1,302 @@
+"""The command `hybridize`: one short function per verb; everything heavy is imported inside it."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="hybridize",
+    help="Turn a pretrained reasoning transformer into a fast hybrid: rank, convert, distil, judge, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+_TeacherArgument = Annotated[str, typer.Argument(help="Folder of the teacher, or its name on the hub.")]
+_DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Chats to train on, JSON lines; default: the built-in reasoning world.")
+]
+_MixerOption = Annotated[str, typer.Option(help="What replaces attention: mamba1 (the paper's).")]
+_InitOption = Annotated[str, typer.Option(help="How a mixer starts: aligned, published (the paper's MIL) or random.")]
+_SeedOption = Annotated[int, typer.Option(help="Of data and random draws.")]
+
+
+@app.command()
+def run(recipe: _RecipeArgument) -> None:
+    """Do a whole job: every stage of a recipe, going on where a killed run stopped."""
+    from hybridize.pipeline.reporting import collect
+    from hybridize.pipeline.runner import run_recipe
+    from hybridize.report import console_summary
+    from hybridize.spec.recipe import load_recipe
+
+    spec = load_recipe(recipe)
+    artifacts = run_recipe(spec)
+    finished = {name: a for name, a in artifacts.items() if a.manifest["kind"] != "report"}
+    _print(console_summary(collect(spec, finished)))
+    for artifact in artifacts.values():
+        if artifact.manifest["kind"] == "report":
+            typer.echo(f"report: {artifact.folder / artifact.metrics['page']}")
+
+
+@app.command()
+def plan(
+    recipe: _RecipeArgument,
+    tflops: Annotated[float, typer.Option(help="Sustained speed to reckon hours with, in TFLOP/s.")] = 400.0,
+) -> None:
+    """Say what a recipe would do and cost; trains nothing, loads no model."""
+    from hybridize.pipeline.planning import TeacherShape, plan_recipe, read_teacher_config
+    from hybridize.spec.recipe import load_recipe
+
+    spec = load_recipe(recipe)
+    config = read_teacher_config(spec.teacher)
+    if config is None:
+        raise ValueError(f"teacher: {spec.teacher} is on the hub; download it first, a plan reads its config.json")
+    shape = TeacherShape.of(config)
+    typer.echo(f"{spec.name}: teacher {spec.teacher}, {shape.parameters / 1e6:,.1f}M parameters, {shape.num_layers} layers")
+    _print(_plan_table(plan_recipe(spec, shape), tflops))
+
+
+@app.command()
+def rank(
+    teacher: _TeacherArgument,
+    out: Annotated[Path, typer.Option(help="The ranking file to write.")],
+    method: Annotated[str, typer.Option(help="mmr (the paper's), or the controls uniform and random.")] = "mmr",
+    mixer: _MixerOption = "mamba1",
+    init: _InitOption = "aligned",
+    steps: Annotated[int, typer.Option(help="Training steps per layer.")] = 100,
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step.")] = 16384,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a packed row.")] = 16384,
+    learning_rate: Annotated[float, typer.Option(help="Of the swapped mixer.")] = 1e-3,
+    data: _DataOption = None,
+    seed: _SeedOption = 0,
+) -> None:
+    """Rank a teacher's attention layers, least important first, with the controls beside it."""
+    from hybridize.pipeline.stages import RANKING_FILE
+    from hybridize.pipeline.artifacts import write_text
+
+    if out.exists():
+        raise ValueError(f"{out}: it exists already and nothing is overwritten; remove it or give another name")
+    stage = _stage(
+        "rank",
+        name="rank",
+        method=method,
+        mixer=mixer,
+        init=init,
+        steps=steps,
+        tokens_per_step=tokens_per_step,
+        sequence_length=sequence_length,
+        learning_rate=learning_rate,
+        seed=seed,
+    )
+    work = out.parent / f".{out.name}.work"
+    artifact = _run_alone(stage, teacher, data, work)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, (artifact.folder / RANKING_FILE).read_text())
+    _remove(work)
+    typer.echo(f"ranking: {out}")
+
+
+@app.command()
+def convert(
+    teacher: _TeacherArgument,
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    layers: Annotated[str | None, typer.Option(help="Layers to replace, e.g. 3,5,6; or none.")] = None,
+    ranking: Annotated[Path | None, typer.Option(help="A ranking file that decides instead.")] = None,
+    num: Annotated[int | None, typer.Option(help="How many layers, with --ranking.")] = None,
+    mixer: _MixerOption = "mamba1",
+    init: _InitOption = "aligned",
+    explain: Annotated[bool, typer.Option(help="Print where every tensor comes from.")] = False,
+    seed: _SeedOption = 0,
+) -> None:
+    """Replace attention layers by mixers that start from the attention's own weights."""
+    from hybridize.models import check_output, load_teacher, save_hybrid
+    from hybridize.pipeline.stages import load_tokenizer
+    from hybridize.spec.base import choose
+    from hybridize.spec.layout import LayoutSpec
+    from hybridize.spec.mixers import MIXER_TYPES, parse_mixer
+    from hybridize.transfer import convert as convert_model
+
+    choose("--init", init, ("aligned", "published", "random"))
+    spec = parse_mixer(choose("--mixer", mixer, [name for name in MIXER_TYPES if name != "attention"]), "--mixer")
+    check_output(out)
+    chosen = _parse_layers(layers, ranking, num)
+    model = load_teacher(teacher)
+    layout = LayoutSpec.replace(model.config.num_hidden_layers, chosen, spec, "--layers")
+    hybrid, plan = convert_model(model, layout, init, seed, share=True)
+    save_hybrid(hybrid, load_tokenizer(teacher), out)
+    typer.echo(str(plan) if explain else f"{out}: layout {plan.layout}, init {init}; --explain lists every tensor")
+
+
+@app.command()
+def distill(
+    student: Annotated[Path, typer.Argument(help="Folder of the hybrid.")],
+    teacher: _TeacherArgument,
+    out: Annotated[Path, typer.Argument(help="Folder to write; a killed call goes on when called again.")],
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")],
+    tokens_per_step: Annotated[int, typer.Option(help="Tokens of a step.")] = 64 * 16384,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a packed row.")] = 16384,
+    rows_per_batch: Annotated[int, typer.Option(help="Rows computed at a time.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-6,
+    loss: Annotated[str, typer.Option(help="reverse_kl (the paper's), forward_kl or jsd.")] = "reverse_kl",
+    train: Annotated[str, typer.Option(help="all weights (the paper), or mixers only.")] = "all",
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    data: _DataOption = None,
+    seed: _SeedOption = 0,
+) -> None:
+    """Train a hybrid to follow its teacher, token by token."""
+    from hybridize.pipeline.artifacts import Artifact
+
+    stage = _stage(
+        "distill",
+        name=out.name,
+        model="student",
+        steps=steps,
+        tokens_per_step=tokens_per_step,
+        sequence_length=sequence_length,
+        rows_per_batch=rows_per_batch,
+        learning_rate=learning_rate,
+        loss=loss,
+        train=train,
+        save_every=save_every,
+        seed=seed,
+    )
+    files = {file.name: {"bytes": file.stat().st_size} for file in sorted(student.glob("*")) if file.is_file()}
+    _run_alone(stage, teacher, data, out, {"student": Artifact(student, {"files": files})})
+    typer.echo(f"distilled: {out}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder of a teacher or a hybrid.")],
+    level: Annotated[int, typer.Option(help="Difficulty, 1..8.")] = 2,
+    problems: Annotated[int, typer.Option(help="Unseen problems per task.")] = 250,
+    tasks: Annotated[str, typer.Option(help="Tasks, by comma.")] = "quantities,addition,swaps,recall",
+    batch_size: Annotated[int, typer.Option(help="Problems answered at a time.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="Write the scores here too, as JSON.")] = None,
+) -> None:
+    """Judge a model by what it generates on unseen problems."""
+    import json
+
+    from hybridize.data.world import TASKS
+    from hybridize.pipeline.artifacts import write_text
+    from hybridize.pipeline.progress import Reporter
+    from hybridize.pipeline.stages import evaluate_model
+    from hybridize.spec.base import choose
+
+    names = tuple(choose("--tasks", name.strip(), TASKS) for name in tasks.split(","))
+    stage = _stage(
+        "evaluate", name="evaluate", model="teacher", level=level, problems_per_task=problems, tasks=names, batch_size=batch_size
+    )
+    summary = evaluate_model(stage, model, model, Reporter())
+    for name, score in {"overall": summary["overall"], **summary["tasks"]}.items():
+        typer.echo(
+            f"{name:12} {score['correct']:5} of {score['total']:5}  {score['accuracy']:6.1%}  "
+            f"[{score['low']:.1%}, {score['high']:.1%}]  by right steps {score['steps_correct']}"
+        )
+    if out:
+        write_text(out, json.dumps(summary, indent=1))
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of `hybridize run`.")]) -> None:
+    """Write the report of a run anew, from the stages that have finished."""
+    from hybridize.pipeline.reporting import rewrite_report
+
+    typer.echo(f"report: {rewrite_report(run_folder)}")
+
+
+def _stage(kind: str, **fields: Any) -> Any:
+    """Build a stage spec from the command line, with errors that name the option."""
+    from pydantic import ValidationError
+
+    from hybridize.spec.base import explain
+    from hybridize.spec.stages import STAGE_KINDS
+
+    try:
+        return STAGE_KINDS[kind].model_validate(fields)
+    except ValidationError as error:
+        raise ValueError(explain(error, kind)) from None
+
+
+def _run_alone(stage: Any, teacher: str, data: Path | None, out: Path, inputs: dict[str, Any] | None = None) -> Any:
+    """Run one stage outside a recipe."""
+    from hybridize.pipeline.artifacts import fingerprint_model
+    from hybridize.pipeline.progress import Reporter
+    from hybridize.pipeline.runner import fingerprint_data, run_stage
+    from hybridize.pipeline.stages import Job
+    from hybridize.spec.data import FileDataSpec, WorldDataSpec
+
+    source = FileDataSpec(path=str(data)) if data else WorldDataSpec()
+    job = Job(teacher, source, Reporter(), dict(inputs or {}))
+    return run_stage(stage, job, out, fingerprint_model(teacher), fingerprint_data(source))
+
+
+def _parse_layers(layers: str | None, ranking: Path | None, num: int | None) -> tuple[int, ...]:
+    if (layers is None) == (ranking is None):
+        raise ValueError("convert: say which layers, by --layers 3,5,6 (or none), or by --ranking FILE --num N")
+    if layers is not None:
+        if layers.strip() == "none":
+            return ()
+        try:
+            return tuple(int(part) for part in layers.split(","))
+        except ValueError:
+            raise ValueError(f"--layers: {layers!r} is no list of numbers; write 3,5,6 or none") from None
+    from hybridize.importance import load_ranking
+
+    if num is None:
+        raise ValueError("--num: say how many layers of the ranking to replace")
+    assert ranking is not None
+    return load_ranking(ranking).choose(num, "--num")
+
+
+def _plan_table(costs: list[Any], tflops: float) -> Any:
+    from rich.table import Table
+
+    table = Table("stage", "what", title=None)
+    for column in ("tokens", "trained", "PFLOP", f"hours at {tflops:g} TFLOP/s"):
+        table.add_column(column, justify="right")
+    total = 0.0
+    for cost in costs:
+        total += cost.operations
+        hours = cost.operations / (tflops * 1e12) / 3600
+        table.add_row(
+            cost.name,
+            cost.what,
+            f"{cost.tokens:,}" if cost.tokens else "",
+            f"{cost.trained / 1e6:,.1f}M" if cost.trained else "",
+            f"{cost.operations / 1e15:,.3f}" if cost.operations else "",
+            f"{hours:,.4f}" if cost.operations else "",
+        )
+    table.add_section()
+    table.add_row("all", "", "", "", f"{total / 1e15:,.3f}", f"{total / (tflops * 1e12) / 3600:,.4f}")
+    return table
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(renderable)
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends in one clear message and exit code 2."""
+    try:
+        app()
+    except (ValueError, ImportError) as error:
+        typer.echo(f"hybridize: error: {error}", err=True)
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        typer.echo(f"hybridize: stopped: {error}", err=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("hybridize: interrupted; the same command goes on from here", err=True)
+        raise SystemExit(130) from None

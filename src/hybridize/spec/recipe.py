@@ -1,0 +1,140 @@
+"""A recipe: a complete job, from teacher to report, as one YAML file."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from hybridize.spec.base import Spec, choose, explain
+from hybridize.spec.data import DataSpec, FileDataSpec, WorldDataSpec
+from hybridize.spec.mixers import MIXER_TYPES
+from hybridize.spec.stages import (
+    STAGE_KINDS,
+    TEACHER,
+    AnyStage,
+    ConvertStage,
+    DistillStage,
+    EvaluateStage,
+)
+
+
+class RecipeSpec(Spec):
+    """A job: stages in order, each reading the teacher or earlier stages by name.
+
+    Attributes:
+        name: of the job.
+        teacher: a folder (starting with `.` or `/`; relative to the recipe) or a model's name on the hub.
+        output: folder of the results, relative to the working directory; default `runs/<name>`.
+        data: what distillation and ranking train on.
+        stages: what to do.
+    """
+
+    name: str = Field(min_length=1)
+    teacher: str
+    output: str | None = None
+    data: DataSpec = Field(default_factory=WorldDataSpec)
+    stages: tuple[AnyStage, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check_references(self) -> Self:
+        kinds: dict[str, str] = {}
+        for position, stage in enumerate(self.stages):
+            place = f"stages[{position}]"
+            if stage.name in kinds or stage.name == TEACHER:
+                raise ValueError(f"{place}.name: {stage.name!r} is taken; give each stage a name of its own")
+            if isinstance(stage, ConvertStage) and stage.ranking:
+                _refer(f"{place}.ranking", stage.ranking, [n for n, k in kinds.items() if k == "rank"])
+            if isinstance(stage, (DistillStage, EvaluateStage)):
+                models = [n for n, k in kinds.items() if k in ("convert", "distill")]
+                if isinstance(stage, EvaluateStage):
+                    models.append(TEACHER)
+                _refer(f"{place}.model", stage.model, models)
+            kinds[stage.name] = stage.kind
+        return self
+
+    @property
+    def output_folder(self) -> Path:
+        """Where the results go."""
+        return Path(self.output or f"runs/{self.name}")
+
+    def layers_named(self) -> dict[str, tuple[int, ...]]:
+        """The explicit layers of each convert stage, by the place to name in an error."""
+        return {
+            f"recipe.stages[{i}].layers": stage.layers
+            for i, stage in enumerate(self.stages)
+            if isinstance(stage, ConvertStage) and stage.layers is not None
+        }
+
+
+def _refer(place: str, name: str, earlier: list[str]) -> None:
+    if not earlier:
+        raise ValueError(f"{place}: {name!r} is not an earlier stage, and none before it fits; add one first")
+    choose(place, name, earlier)
+
+
+def load_recipe(path: str | Path) -> RecipeSpec:
+    """Read a recipe file; relative paths in it come back relative to its folder.
+
+    Raises:
+        ValueError: the file is missing or no YAML, or a line for every fault: place, value, remedy.
+    """
+    path = Path(path)
+    try:
+        value = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"recipe {path}: cannot be read ({error.strerror}); check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path}: is not valid YAML: {error}") from None
+    if not isinstance(value, Mapping):
+        raise ValueError(f"recipe {path}: holds no mapping; start with `name:` and `teacher:`")
+    recipe = parse_recipe(value)
+    changes: dict[str, Any] = {"teacher": _beside(path, recipe.teacher)}
+    if isinstance(recipe.data, FileDataSpec):
+        changes["data"] = FileDataSpec(path=str(path.parent / recipe.data.path))
+    return recipe.model_copy(update=changes)
+
+
+def parse_recipe(value: Mapping[str, Any]) -> RecipeSpec:
+    """Build a recipe from plain data.
+
+    Raises:
+        ValueError: a line for every fault: place, value, remedy.
+    """
+    try:
+        return RecipeSpec.model_validate(_named(value))
+    except ValidationError as error:
+        raise ValueError(explain(error, "recipe", _known_keys(), _TAGS)) from None
+
+
+def _named(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a stage without a name the name of its kind."""
+    stages = value.get("stages")
+    if not isinstance(stages, list):
+        return dict(value)
+    named = [
+        {"name": stage["kind"]} | stage
+        if isinstance(stage, dict) and isinstance(stage.get("kind"), str)
+        else stage
+        for stage in stages
+    ]
+    return dict(value) | {"stages": named}
+
+
+def _beside(recipe: Path, teacher: str) -> str:
+    return str(recipe.parent / teacher) if teacher.startswith(".") else teacher
+
+
+_TAGS = frozenset([*STAGE_KINDS, *MIXER_TYPES, "world", "file"])
+
+
+def _known_keys() -> set[str]:
+    kinds: list[type[Spec]] = [
+        RecipeSpec,
+        WorldDataSpec,
+        FileDataSpec,
+        *STAGE_KINDS.values(),
+        *MIXER_TYPES.values(),
+    ]
+    return {field for kind in kinds for field in kind.model_fields}

@@ -1,0 +1,307 @@
+import hashlib
+import importlib.util
+import re
+from fractions import Fraction
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hybridize.data.chat import render
+from hybridize.data.world import MAX_LEVEL, TASKS, draw_problem, format_reply, judge, parse_reply, split_of
+from hybridize.data.world.words import COLORS, OBJECTS, PEOPLE, PLACES, THINGS
+
+LEVELS = range(1, MAX_LEVEL + 1)
+WORDS = [*PEOPLE, *OBJECTS, *COLORS, *THINGS, *PLACES]
+
+# The same examples each time, and no verdict on how busy the machine is.
+steady = settings(deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+problems = st.builds(
+    draw_problem,
+    task=st.sampled_from(sorted(TASKS)),
+    level=st.integers(1, MAX_LEVEL),
+    split=st.sampled_from(["train", "test"]),
+    index=st.integers(0, 10**6),
+    seed=st.integers(0, 3),
+)
+
+
+# An independent reading of each question, from its text alone.
+
+
+def solve_addition(question):
+    first, second = re.fullmatch(r"What is (\d+) \+ (\d+)\?", question).groups()
+    return str(int(first) + int(second))
+
+
+def solve_swaps(question):
+    start, swaps, asked = re.fullmatch(r"Holding: (.*?)\. (.*) What does (\w+) hold\?", question).groups()
+    holds = dict(pair.split() for pair in start.split(", "))
+    for one, two in re.findall(r"(\w+) and (\w+) swap\.", swaps):
+        holds[one], holds[two] = holds[two], holds[one]
+    return holds[asked]
+
+
+def solve_recall(question):
+    facts, asked = re.fullmatch(r"Codes: (.*)\. Which codes have (.*)\?", question).groups()
+    codes = dict(fact.rsplit(" ", 1) for fact in facts.split(", "))
+    return " ".join(codes[place] for place in asked.split(", "))
+
+
+def solve_quantities(question):
+    *statements, asked = question.split(". ")
+    values = quantities_of(". ".join(statements))
+    return str(values[re.fullmatch(r"How many (.*)\?", asked)[1]])
+
+
+def quantities_of(statements):
+    """The value of every quantity, by solving its definition."""
+    definitions = dict(statement.split(" are ") for statement in statements.rstrip(".").split(". "))
+
+    def value(name):
+        words = definitions[name]
+        if words.isdigit():
+            return Fraction(words)
+        if match := re.fullmatch(r"(\w+ \w+) plus (\w+ \w+)", words):
+            return value(match[1]) + value(match[2])
+        if match := re.fullmatch(r"(\d+) times (.*)", words):
+            return int(match[1]) * value(match[2])
+        number, sign, other = re.fullmatch(r"(\d+) (more|fewer) than (.*)", words).groups()
+        return value(other) + (int(number) if sign == "more" else -int(number))
+
+    return {name: value(name) for name in definitions}
+
+
+SOLVERS = {
+    "addition": solve_addition,
+    "swaps": solve_swaps,
+    "recall": solve_recall,
+    "quantities": solve_quantities,
+}
+
+
+def is_right_by_hand(problem, reply):
+    """Whether a reply is right, by another way than the judge's.
+
+    Three tasks have one right reply. In a word problem each line must be a statement of the question, or true
+    and about values that lines before it settle.
+    """
+    lines, answer = parse_reply(reply)
+    if answer != SOLVERS[problem.task](problem.question):
+        return False
+    if problem.task != "quantities":
+        return lines == problem.thinking.splitlines()
+    statements, _, asked = problem.question.rpartition(". ")
+    values, quoted = quantities_of(statements), f". {statements}."
+    settled = set()
+    for line in lines:
+        if f". {line}." in quoted:
+            name, words = line.split(" are ")
+            if words.isdigit():
+                settled.add(name)
+            continue
+        name, left, sign, right, result = re.fullmatch(
+            r"(\w+ \w+) = (\d+) ([-+*]) (\d+) = (\d+)", line
+        ).groups()
+        computed = {"+": int(left) + int(right), "-": int(left) - int(right), "*": int(left) * int(right)}
+        definition = re.search(rf"\. {name} are ([^.]*)\.", quoted)[1]
+        parents = [other for other in values if other in definition]
+        operands = {str(values[parent]) for parent in parents} | set(re.findall(r"\d+", definition))
+        if not computed[sign] == int(result) == values[name] or {left, right} != operands:
+            return False
+        if not settled.issuperset(parents):
+            return False
+        settled.add(name)
+    return asked.removeprefix("How many ").rstrip("?") in settled
+
+
+@steady
+@given(problem=problems)
+def test_gold_traces_are_right_step_by_step(problem):
+    verdict = judge(problem, problem.messages[-1]["content"])
+    assert verdict.correct, verdict.fault
+    assert verdict.fault == ""
+
+
+@steady
+@given(problem=problems)
+def test_answers_are_those_of_an_independent_solution(problem):
+    assert problem.answer == SOLVERS[problem.task](problem.question)
+    assert is_right_by_hand(problem, problem.messages[-1]["content"])
+
+
+@steady
+@given(problem=problems, data=st.data())
+def test_another_digit_anywhere_is_found(problem, data):
+    reply = problem.messages[-1]["content"]
+    digits = [i for i, char in enumerate(reply) if char.isdigit()]
+    if not digits:
+        return
+    place = data.draw(st.sampled_from(digits))
+    digit = data.draw(st.sampled_from("0123456789".replace(reply[place], "")))
+    verdict = judge(problem, reply[:place] + digit + reply[place + 1 :])
+    assert not verdict.correct
+    assert verdict.fault
+
+
+@steady
+@given(problem=problems, data=st.data())
+def test_another_name_anywhere_is_found(problem, data):
+    reply = problem.messages[-1]["content"]
+    names = [match for match in re.finditer(r"\w+", reply) if match[0] in WORDS]
+    if not names:
+        return
+    old = data.draw(st.sampled_from(names))
+    new = data.draw(st.sampled_from([word for word in WORDS if word != old[0]]))
+    changed = reply[: old.start()] + new + reply[old.end() :]
+    assert not judge(problem, changed).correct or is_right_by_hand(problem, changed)
+    if problem.task != "quantities":
+        assert not judge(problem, changed).correct
+
+
+@steady
+@given(problem=problems, data=st.data())
+def test_a_line_dropped_doubled_or_moved_is_found_or_does_no_harm(problem, data):
+    lines = problem.thinking.splitlines()
+    place = data.draw(st.integers(0, len(lines) - 1))
+    how = data.draw(st.sampled_from(["drop", "double", "swap"]))
+    if how == "drop":
+        del lines[place]
+    elif how == "double":
+        lines.insert(place, lines[place])
+    else:
+        other = data.draw(st.integers(0, len(lines) - 1))
+        lines[place], lines[other] = lines[other], lines[place]
+    reply = format_reply("\n".join(lines), problem.answer)
+    verdict = judge(problem, reply)
+    assert verdict.answer_correct
+    if reply == problem.messages[-1]["content"]:
+        return
+    assert verdict.steps_correct == is_right_by_hand(problem, reply), verdict.fault
+    if problem.task != "quantities":
+        assert not verdict.steps_correct
+
+
+@steady
+@given(problem=problems, answer=st.text(max_size=12))
+def test_another_answer_is_wrong_however_right_the_steps(problem, answer):
+    verdict = judge(problem, format_reply(problem.thinking, answer))
+    assert verdict.answer_correct == (answer.strip() == problem.answer)
+    assert verdict.correct == verdict.answer_correct
+    assert verdict.steps_correct or "<" in answer
+
+
+@steady
+@given(problem=problems, text=st.text(max_size=200), tags=st.booleans())
+def test_any_text_at_all_gets_a_verdict(problem, text, tags):
+    verdict = judge(problem, format_reply(text, problem.answer) if tags else text)
+    assert not verdict.correct
+    assert verdict.fault
+
+
+@pytest.mark.parametrize(
+    "reply", ["", "22", "<think>", "</think>\n22", "</think>a<think>\n22", "x<think>\n</think>\n2"]
+)
+def test_a_reply_without_its_tags_is_neither_right_nor_an_error(reply):
+    verdict = judge(draw_problem("addition", 1, "test", 0), reply)
+    assert not verdict.answer_correct
+    assert not verdict.steps_correct
+    assert "<think> steps </think> answer" in verdict.fault
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_structure_is_in_both_splits(task):
+    structures = {"train": set(), "test": set()}
+    for level in LEVELS:
+        for split, seen in structures.items():
+            for index in range(60):
+                for seed in (0, 1):
+                    problem = draw_problem(task, level, split, index, seed)
+                    assert split_of(problem) == split
+                    seen.add(problem.structure)
+    assert not structures["train"] & structures["test"]
+    assert min(map(len, structures.values())) > 200
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_split_hangs_on_the_structure_alone(task):
+    rng = Random(0)
+    splits, num_test = {}, 0
+    for index in range(600):
+        problem = TASKS[task].draw(rng, 1 + index % 2)
+        split = split_of(problem)
+        assert splits.setdefault(problem.structure, split) == split
+        num_test += split == "test"
+    assert 0.06 < num_test / 600 < 0.2
+
+
+def test_problems_are_the_same_on_every_machine():
+    """If one of these changes, so has every problem of the task: train and judge again, then renew it."""
+    digests = {}
+    for task in TASKS:
+        drawn = [
+            draw_problem(task, level, split, 17, 1) for level in (1, 5, 8) for split in ("train", "test")
+        ]
+        text = "\n".join(f"{p.question}\n{p.thinking}\n{p.answer}\n{p.structure}" for p in drawn)
+        digests[task] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert digests == {
+        "quantities": "443ac619a423673b",
+        "addition": "de6f781decd1a704",
+        "swaps": "ad5beb32d04b24b8",
+        "recall": "a15ce05dd7655cfc",
+    }
+
+
+@steady
+@given(problem=problems)
+def test_a_problem_is_a_function_of_its_arguments(problem):
+    for index in range(3):
+        first = draw_problem(problem.task, problem.level, "test", index)
+        assert first == draw_problem(problem.task, problem.level, "test", index)
+        assert first != draw_problem(problem.task, problem.level, "test", index, seed=9)
+        assert first != draw_problem(problem.task, problem.level, "train", index)
+
+
+@pytest.mark.parametrize("level", [0, 9, -1])
+def test_a_level_out_of_range_is_named(level):
+    with pytest.raises(ValueError, match=rf"level: {level} is out of range; use 1\.\.8"):
+        draw_problem("swaps", level, "test", 0)
+
+
+def test_an_unknown_task_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match=r"task: 'swap' is unknown; use one of .*; did you mean 'swaps'\?"):
+        draw_problem("swap", 1, "test", 0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    path = Path(__file__).parents[2] / "examples" / "pocket_teacher" / "tokenizer.py"
+    spec = importlib.util.spec_from_file_location("pocket_teacher_tokenizer", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.train_tokenizer(problems_per_cell=80)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_conversations_have_50_to_1500_tokens_and_grow_with_the_level(tokenizer, task):
+    means = []
+    for level in LEVELS:
+        drawn = [draw_problem(task, level, split, i) for split in ("train", "test") for i in range(10)]
+        sizes = [len(render(tokenizer, problem.messages).input_ids) for problem in drawn]
+        assert min(sizes) >= 50
+        assert max(sizes) <= 1500
+        means.append(sum(sizes) / len(sizes))
+    assert means == sorted(means)
+    assert means[-1] > 3 * means[0]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tokens_decode_to_the_text_the_judge_reads(tokenizer, task):
+    problem = draw_problem(task, 4, "test", 3)
+    rendered = render(tokenizer, problem.messages)
+    reply = tokenizer.decode(rendered.input_ids[rendered.num_prompt_tokens :], skip_special_tokens=True)
+    assert reply == problem.messages[-1]["content"]
+    assert judge(problem, reply).correct

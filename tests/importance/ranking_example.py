@@ -1,0 +1,59 @@
+"""Tiny teachers of both families, packed random rows, and a stage that ranks in a moment."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+from hybridize.spec import Mamba1Spec
+from hybridize.spec.stages import RankStage
+
+NUM_LAYERS = 4
+VOCABULARY = 61
+LENGTH = 24
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": NUM_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def build_teacher(family="mistral", **changes):
+    torch.manual_seed(0)
+    if family == "mistral":
+        model = MistralForCausalLM(MistralConfig(**SIZES | {"sliding_window": 6} | changes))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**SIZES | {"tie_word_embeddings": True} | changes))
+    return model.eval().requires_grad_(False)
+
+
+def draw_batch(seed, rows=2, lengths=(9, 15)):
+    """Packed rows of random documents, the first third of each a prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    places = [torch.arange(length) for length in lengths]
+    positions = torch.cat(places)
+    valid = torch.cat([(p >= len(p) // 3) & (p < len(p) - 1) for p in places])
+    return {
+        "input_ids": torch.randint(2, VOCABULARY, (rows, len(positions)), generator=generator),
+        "position_ids": positions.expand(rows, -1).clone(),
+        "valid": valid.expand(rows, -1).clone(),
+    }
+
+
+def rank_stage(**changes):
+    settings = {
+        "name": "rank",
+        "mixer": Mamba1Spec(state_size=4),
+        "steps": 3,
+        "tokens_per_step": 2 * LENGTH,
+        "sequence_length": LENGTH,
+        "learning_rate": 1e-2,
+    }
+    return RankStage(**settings | changes)

@@ -1,0 +1,212 @@
+import copy
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranking_example import NUM_LAYERS, build_teacher, rank_stage
+
+from hybridize.importance import (
+    METHODS,
+    LayerOrder,
+    Ranking,
+    load_ranking,
+    rank_cost,
+    rank_layers,
+    save_ranking,
+)
+from hybridize.spec import AttentionSpec, Mamba1Spec
+from hybridize.spec.stages import RankStage
+
+
+def ranking_of(scores=None, **changes):
+    scores = {0: 0.5, 1: 0.25, 3: 0.25, 5: 2.0} if scores is None else scores
+    layers = tuple(sorted(scores))
+    fields = {
+        "method": "mmr",
+        "layers": layers,
+        "order": tuple(sorted(layers, key=lambda layer: (scores[layer], layer))),
+        "num_layers": 6,
+        "mixer": Mamba1Spec(d_inner=64, d_xb=32, dt_rank=4),
+        "scores": scores,
+        "before": {layer: 2 * score for layer, score in scores.items()},
+        "settings": {"steps": 3, "seed": 0},
+        "cost": {"tokens": 100, "seconds": 1.5},
+        "controls": {
+            "uniform": LayerOrder("uniform", layers, None),
+            "random": LayerOrder("random", layers, layers[::-1]),
+        },
+    }
+    return Ranking(**fields | changes)
+
+
+def test_the_least_important_layers_are_chosen_and_equals_from_below():
+    ranking = ranking_of()
+    assert ranking.order == (1, 3, 0, 5)
+    assert [ranking.choose(num) for num in (1, 2, 3, 4)] == [(1,), (1, 3), (0, 1, 3), (0, 1, 3, 5)]
+
+
+@settings(deadline=None, derandomize=True)
+@given(num_layers=st.integers(1, 60), num=st.integers(1, 60), seed=st.integers(0, 3))
+def test_every_choice_has_the_number_asked_for_and_ascends(num_layers, num, seed):
+    layers = tuple(range(num_layers))
+    for method in ("uniform", "random"):
+        request = SimpleNamespace(layers=layers, stage=rank_stage(seed=seed))
+        order = LayerOrder(method, layers, METHODS[method].function(request).order)
+        if num > num_layers:
+            with pytest.raises(ValueError, match=rf"num_layers: {num} .* use 1\.\.{num_layers}$"):
+                order.choose(num)
+            continue
+        chosen = order.choose(num)
+        assert len(set(chosen)) == num
+        assert set(chosen) <= set(layers)
+        assert list(chosen) == sorted(chosen)
+        if method == "uniform":
+            gaps = {after - before for before, after in pairwise(chosen)}
+            assert not gaps or max(gaps) - min(gaps) <= 1
+            assert abs(chosen[0] - (num_layers - 1 - chosen[-1])) <= 1
+        elif num > 1:
+            assert set(order.choose(num - 1)) <= set(chosen)
+
+
+def test_uniform_is_evenly_spaced():
+    order = LayerOrder("uniform", tuple(range(12)), None)
+    assert order.choose(4) == (1, 4, 7, 10)
+    assert order.choose(6) == (1, 3, 5, 7, 9, 11)
+    assert order.choose(1) == (6,)
+    assert order.choose(12) == tuple(range(12))
+    assert LayerOrder("uniform", (2, 5, 8, 9), None).choose(2) == (5, 9)
+
+
+@pytest.mark.parametrize("num", [0, -1, 5])
+def test_a_number_out_of_range_is_named(num):
+    with pytest.raises(
+        ValueError, match=rf"stages\[1\]\.num_layers: {num} .*4 layers are ranked, use 1\.\.4"
+    ):
+        ranking_of().choose(num, "recipe.stages[1].num_layers")
+
+
+def test_controls_are_always_there_and_look_at_no_model(tmp_path):
+    teacher = build_teacher()
+    orders = {}
+    for method in ("uniform", "random"):
+        stage = rank_stage(method=method, seed=7)
+        ranking = rank_layers(teacher, teacher, (), (), stage, state_dir=tmp_path / "none")
+        assert set(ranking.controls) == {"uniform", "random"}
+        assert ranking.scores is None
+        assert ranking.before is None
+        assert ranking.cost["tokens"] == 0
+        assert ranking.order == ranking.controls[method].order
+        orders[method] = ranking.order
+        assert Ranking.from_dict(json.loads(json.dumps(ranking.as_dict()))) == ranking
+    assert orders["uniform"] is None
+    assert sorted(orders["random"]) == list(range(NUM_LAYERS))
+    assert not (tmp_path / "none").exists()
+
+
+def test_random_orders_depend_on_the_seed_alone():
+    layers = tuple(range(24))
+
+    def order(seed):
+        request = SimpleNamespace(layers=layers, stage=rank_stage(seed=seed))
+        return METHODS["random"].function(request).order
+
+    assert order(0) == order(0)
+    assert len({order(seed) for seed in range(8)}) == 8
+
+
+def test_the_table_has_a_row_for_every_method_of_the_stage():
+    methods = RankStage.model_fields["method"].annotation.__args__
+    assert set(METHODS) == set(methods)
+    assert {name for name, row in METHODS.items() if row.is_control} == {"uniform", "random"}
+    assert "2511.02651" in METHODS["mmr"].paper
+
+
+def test_attention_is_no_mixer_to_swap_in(tmp_path):
+    teacher = build_teacher()
+    with pytest.raises(ValueError, match=r"mixer: .*use mamba1"):
+        rank_layers(teacher, teacher, (), (), rank_stage(mixer=AttentionSpec()), state_dir=tmp_path)
+
+
+def test_a_file_gives_back_what_was_written(tmp_path):
+    ranking = ranking_of()
+    path = save_ranking(ranking, tmp_path / "deep" / "ranking.json")
+    assert load_ranking(path) == ranking
+    assert json.loads(path.read_text())["format"] == "hybridize.ranking/1"
+    assert [file.name for file in path.parent.iterdir()] == ["ranking.json"]
+
+
+def changed(change):
+    value = copy.deepcopy(ranking_of().as_dict())
+    change(value)
+    return value
+
+
+BROKEN = {
+    "format": (lambda v: v.update(format="hybridize.report/1"), r"format: 'hybridize.report/1' is not"),
+    "no format": (lambda v: v.pop("format"), r"format: None is not"),
+    "missing": (lambda v: v.pop("num_layers"), r"num_layers: required, but missing; run"),
+    "kind": (lambda v: v.update(num_layers="6"), r"num_layers: '6' is no int; run"),
+    "layers": (lambda v: v.update(layers=[0, "x"]), r"layers: \[0, 'x'\] are not layer numbers"),
+    "outside": (lambda v: v.update(num_layers=5), r"layers: \[0, 1, 3, 5\] are not layers of a model of 5"),
+    "twice": (lambda v: v.update(order=[1, 3, 3, 5]), r"order: \[1, 3, 3, 5\] does not name each"),
+    "unsorted": (lambda v: v.update(order=[3, 1, 0, 5]), r"order: .* does not ascend in score"),
+    "score": (lambda v: v["scores"].pop("3"), r"scores: given for layers \[0, 1, 5\], not for"),
+    "word": (lambda v: v["scores"].update({"3": "low"}), r"could not convert|scores: "),
+    "null": (lambda v: v["scores"].update({"3": None}), r"scores: not a number for every layer"),
+    "nan": (
+        lambda v: v["scores"].update({"3": float("nan")}),
+        r"scores: not a finite number for layers \[3\]",
+    ),
+    "control": (
+        lambda v: v["controls"].pop("uniform"),
+        r"controls: 'uniform' is missing; .*never shown alone",
+    ),
+    "foreign": (
+        lambda v: v["controls"]["random"].update(layers=[0, 1], order=[1, 0]),
+        r"controls\.random\.layers: they differ",
+    ),
+    "mixer": (lambda v: v["mixer"].update(type="mamba9"), r"mixer\.type: 'mamba9' is unknown"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_file_is_named_with_field_and_remedy(tmp_path, fault):
+    change, message = BROKEN[fault]
+    path = tmp_path / "ranking.json"
+    path.write_text(json.dumps(changed(change)))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_ranking(path)
+    assert str(caught.value).startswith(f"ranking {path}: ")
+
+
+def test_a_file_that_is_no_ranking_at_all_is_named(tmp_path):
+    path = tmp_path / "ranking.json"
+    with pytest.raises(ValueError, match=r"ranking\.json: cannot be read .*; check the path"):
+        load_ranking(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"ranking\.json: is not JSON"):
+        load_ranking(path)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match=r"ranking\.json: list instead of a mapping"):
+        load_ranking(path)
+
+
+def test_the_cost_is_known_beforehand():
+    stage = rank_stage(steps=10, tokens_per_step=100)
+    cost = rank_cost(4, stage)
+    assert cost["tokens_per_layer"] == 1000
+    assert cost["tokens"] == 4000
+    assert cost["layer_passes"] == 10 * (4 + 3 + (4 + 3 + 2 + 1))
+    assert cost["layer_passes"] + cost["layer_passes_saved"] == 10 * 4 * (4 + 4)
+    assert rank_cost(4, stage, layers=(1, 3))["tokens"] == 2000
+    assert set(rank_cost(4, rank_stage(method="uniform")).values()) == {0}
+
+
+def test_planning_needs_no_torch():
+    code = "import sys, hybridize.importance; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
