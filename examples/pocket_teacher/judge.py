@@ -1,6 +1,6 @@
 """Judge a model on unseen problems of every task and level, by greedy generation.
 
-    python examples/pocket_teacher/judge.py models/pocket-teacher --per-cell 64 --out judged.json
+python examples/pocket_teacher/judge.py models/pocket-teacher --per-cell 64 --out judged.json
 """
 
 import argparse

@@ -93,13 +93,15 @@ class Pace(TrainerCallback):
         self.tokens_per_step, self.started, self.first = tokens_per_step, 0.0, 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Called by the Trainer with each new record."""
         if not self.started:
             self.started, self.first = time.perf_counter(), state.global_step
         elif logs and "loss" in logs:
             done = state.global_step - self.first
             rate = done * self.tokens_per_step / (time.perf_counter() - self.started)
+            loss, rate_of_learning = float(logs["loss"]), float(logs["learning_rate"])
             print(
-                f"step {state.global_step}  loss {float(logs['loss']):.4f}  lr {float(logs['learning_rate']):.2e}  {rate / 1e3:.0f}k tokens/s",
+                f"step {state.global_step}  loss {loss:.4f}  lr {rate_of_learning:.2e}  {rate / 1e3:.1f}k tokens/s",
                 flush=True,
             )
 
@@ -111,6 +113,7 @@ class StopAfter(TrainerCallback):
         self.until = time.perf_counter() + 60 * minutes
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Called by the Trainer after each step."""
         if time.perf_counter() >= self.until:
             control.should_save = control.should_training_stop = True
 
@@ -191,9 +194,7 @@ def main() -> None:
             seed=0,
             train_sampling_strategy="sequential",
         ),
-        train_dataset=Batches(
-            tokenizer, args.tokens, args.steps, args.max_level, 0.0 if args.start else WARM_SHARE
-        ),
+        train_dataset=Batches(tokenizer, args.tokens, args.steps, args.max_level, 0.0 if args.start else WARM_SHARE),
         data_collator=lambda rows: rows[0],
         callbacks=[Pace(args.tokens)],
     )

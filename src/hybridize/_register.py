@@ -83,9 +83,7 @@ def _register_model(auto: Any, model_type: str) -> None:
     from hybridize.models.configs import hybrid_config_class
     from hybridize.models.hybrid import hybrid_model_class
 
-    auto.AutoModelForCausalLM.register(
-        hybrid_config_class(model_type), hybrid_model_class(model_type), exist_ok=True
-    )
+    auto.AutoModelForCausalLM.register(hybrid_config_class(model_type), hybrid_model_class(model_type), exist_ok=True)
 
 
 class _TransformersWatcher(MetaPathFinder):

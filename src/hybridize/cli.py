@@ -17,7 +17,8 @@ app = typer.Typer(
 _RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
 _TeacherArgument = Annotated[str, typer.Argument(help="Folder of the teacher, or its name on the hub.")]
 _DataOption = Annotated[
-    Path | None, typer.Option("--data", help="Chats to train on, JSON lines; default: the built-in reasoning world.")
+    Path | None,
+    typer.Option("--data", help="Chats to train on, JSON lines; default: the built-in reasoning world."),
 ]
 _MixerOption = Annotated[str, typer.Option(help="What replaces attention: mamba1 (the paper's).")]
 _InitOption = Annotated[str, typer.Option(help="How a mixer starts: aligned, published (the paper's MIL) or random.")]
@@ -55,7 +56,9 @@ def plan(
     if config is None:
         raise ValueError(f"teacher: {spec.teacher} is on the hub; download it first, a plan reads its config.json")
     shape = TeacherShape.of(config)
-    typer.echo(f"{spec.name}: teacher {spec.teacher}, {shape.parameters / 1e6:,.1f}M parameters, {shape.num_layers} layers")
+    typer.echo(
+        f"{spec.name}: teacher {spec.teacher}, {shape.parameters / 1e6:,.1f}M parameters, {shape.num_layers} layers"
+    )
     _print(_plan_table(plan_recipe(spec, shape), tflops))
 
 
@@ -74,8 +77,8 @@ def rank(
     seed: _SeedOption = 0,
 ) -> None:
     """Rank a teacher's attention layers, least important first, with the controls beside it."""
-    from hybridize.pipeline.stages import RANKING_FILE
     from hybridize.pipeline.artifacts import write_text
+    from hybridize.pipeline.stages import RANKING_FILE
 
     if out.exists():
         raise ValueError(f"{out}: it exists already and nothing is overwritten; remove it or give another name")
@@ -188,7 +191,13 @@ def evaluate(
 
     names = tuple(choose("--tasks", name.strip(), TASKS) for name in tasks.split(","))
     stage = _stage(
-        "evaluate", name="evaluate", model="teacher", level=level, problems_per_task=problems, tasks=names, batch_size=batch_size
+        "evaluate",
+        name="evaluate",
+        model="teacher",
+        level=level,
+        problems_per_task=problems,
+        tasks=names,
+        batch_size=batch_size,
     )
     summary = evaluate_model(stage, model, model, Reporter())
     for name, score in {"overall": summary["overall"], **summary["tasks"]}.items():
@@ -201,7 +210,9 @@ def evaluate(
 
 
 @app.command()
-def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of `hybridize run`.")]) -> None:
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="Output folder of `hybridize run`.")],
+) -> None:
     """Write the report of a run anew, from the stages that have finished."""
     from hybridize.pipeline.reporting import rewrite_report
 

@@ -62,9 +62,7 @@ def test_a_tokenizer_without_a_template_is_named_with_the_remedy(template):
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     calls = (check_chat_template, lambda t: render_prompt(t, talk[:1]), lambda t: render(t, talk))
     for call in calls:
-        with pytest.raises(
-            ValueError, match=r"tokenizer .*: it has no chat template; set tokenizer\.chat_template"
-        ):
+        with pytest.raises(ValueError, match=r"tokenizer .*: it has no chat template; set tokenizer\.chat_template"):
             call(tokenizer)
     tokenizer.name_or_path = "some/model"
     with pytest.raises(ValueError, match="tokenizer some/model: "):

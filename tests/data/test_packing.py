@@ -116,16 +116,12 @@ def test_long_documents_are_dropped_and_counted_never_cut(write_lines, tokenizer
 
 
 def test_only_long_documents_are_an_error(write_lines, tokenizer):
-    path = write_lines(
-        {"prompt": "count", "completion": "1 2 3 4 5 " * 20}, {"prompt": "x", "completion": "y " * 40}
-    )
+    path = write_lines({"prompt": "count", "completion": "1 2 3 4 5 " * 20}, {"prompt": "x", "completion": "y " * 40})
     size = min(
         len(render(tokenizer, messages).input_ids)
         for messages in _first(iter_conversations(FileDataSpec(path=str(path)), 0), 2)
     )
-    with pytest.raises(
-        ValueError, match=f"all 2 conversations .* shortest has {size} tokens; use at least {size}"
-    ):
+    with pytest.raises(ValueError, match=f"all 2 conversations .* shortest has {size} tokens; use at least {size}"):
         pack_rows(FileDataSpec(path=str(path)), tokenizer, 16, 1, seed=0)
     with pytest.raises(ValueError, match="all 1000 conversations seen are longer"):
         pack_rows(WORLD, tokenizer, 16, 1, seed=0)
@@ -134,9 +130,7 @@ def test_only_long_documents_are_an_error(write_lines, tokenizer):
 def test_line_that_the_template_refuses_is_named(write_lines, tokenizer):
     tool = {"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]}
     path = write_lines({"prompt": "x", "completion": "y"}, tool)
-    with pytest.raises(
-        ValueError, match=r"traces.jsonl:2: the tokenizer's chat template .*role tool is unknown"
-    ):
+    with pytest.raises(ValueError, match=r"traces.jsonl:2: the tokenizer's chat template .*role tool is unknown"):
         pack_rows(FileDataSpec(path=str(path)), tokenizer, 64, 4, seed=0)
 
 

@@ -103,9 +103,7 @@ def is_right_by_hand(problem, reply):
             if words.isdigit():
                 settled.add(name)
             continue
-        name, left, sign, right, result = re.fullmatch(
-            r"(\w+ \w+) = (\d+) ([-+*]) (\d+) = (\d+)", line
-        ).groups()
+        name, left, sign, right, result = re.fullmatch(r"(\w+ \w+) = (\d+) ([-+*]) (\d+) = (\d+)", line).groups()
         computed = {"+": int(left) + int(right), "-": int(left) - int(right), "*": int(left) * int(right)}
         definition = re.search(rf"\. {name} are ([^.]*)\.", quoted)[1]
         parents = [other for other in values if other in definition]
@@ -242,9 +240,7 @@ def test_problems_are_the_same_on_every_machine():
     """If one of these changes, so has every problem of the task: train and judge again, then renew it."""
     digests = {}
     for task in TASKS:
-        drawn = [
-            draw_problem(task, level, split, 17, 1) for level in (1, 5, 8) for split in ("train", "test")
-        ]
+        drawn = [draw_problem(task, level, split, 17, 1) for level in (1, 5, 8) for split in ("train", "test")]
         text = "\n".join(f"{p.question}\n{p.thinking}\n{p.answer}\n{p.structure}" for p in drawn)
         digests[task] = hashlib.sha256(text.encode()).hexdigest()[:16]
     assert digests == {

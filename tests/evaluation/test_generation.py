@@ -10,6 +10,15 @@ from hybridize.data.world import TASKS, draw_problem
 from hybridize.evaluation import evaluate_problems, generate_replies, summarise
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small gain nothing from threads, and threads that wait for one another cost much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     path = Path(__file__).parents[2] / "examples" / "pocket_teacher" / "tokenizer.py"

@@ -37,9 +37,7 @@ def test_an_interval_holds_the_accuracy_and_mirrors(data, total):
 
 @pytest.mark.parametrize(("correct", "total"), [(-1, 3), (4, 3), (0, 0), (0, -1)])
 def test_counts_that_are_none_are_refused(correct, total):
-    with pytest.raises(
-        ValueError, match=rf"score: {correct} of {total} is no count; give 0 <= correct <= total"
-    ):
+    with pytest.raises(ValueError, match=rf"score: {correct} of {total} is no count; give 0 <= correct <= total"):
         Score(correct, total)
 
 

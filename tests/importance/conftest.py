@@ -1,5 +1,15 @@
 import pytest
+import torch
 from ranking_example import LENGTH, build_teacher, draw_batch, rank_stage
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small gain nothing from threads, and threads that wait for one another cost much."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["llama", "mistral"])

@@ -131,9 +131,7 @@ class Killed(BaseException):
     pass
 
 
-def test_resumed_equals_uninterrupted_and_trains_nothing_twice(
-    batches, heldout, stage, tmp_path, monkeypatch
-):
+def test_resumed_equals_uninterrupted_and_trains_nothing_twice(batches, heldout, stage, tmp_path, monkeypatch):
     teacher = build_teacher()
     tried = []
     honest = mmr._try_layer

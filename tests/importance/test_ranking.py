@@ -84,9 +84,7 @@ def test_uniform_is_evenly_spaced():
 
 @pytest.mark.parametrize("num", [0, -1, 5])
 def test_a_number_out_of_range_is_named(num):
-    with pytest.raises(
-        ValueError, match=rf"stages\[1\]\.num_layers: {num} .*4 layers are ranked, use 1\.\.4"
-    ):
+    with pytest.raises(ValueError, match=rf"stages\[1\]\.num_layers: {num} .*4 layers are ranked, use 1\.\.4"):
         ranking_of().choose(num, "recipe.stages[1].num_layers")
 
 
@@ -197,13 +195,13 @@ def test_a_file_that_is_no_ranking_at_all_is_named(tmp_path):
 
 
 def test_the_cost_is_known_beforehand():
-    stage = rank_stage(steps=10, tokens_per_step=100)
+    stage = rank_stage(steps=10, tokens_per_step=240)
     cost = rank_cost(4, stage)
-    assert cost["tokens_per_layer"] == 1000
-    assert cost["tokens"] == 4000
+    assert cost["tokens_per_layer"] == 2400
+    assert cost["tokens"] == 9600
     assert cost["layer_passes"] == 10 * (4 + 3 + (4 + 3 + 2 + 1))
     assert cost["layer_passes"] + cost["layer_passes_saved"] == 10 * 4 * (4 + 4)
-    assert rank_cost(4, stage, layers=(1, 3))["tokens"] == 2000
+    assert rank_cost(4, stage, layers=(1, 3))["tokens"] == 4800
     assert set(rank_cost(4, rank_stage(method="uniform")).values()) == {0}
 
 

@@ -43,9 +43,7 @@ def student_tensors(inputs):
     ("num_tokens", "chunk_tokens", "temperature", "beta"),
     [(1, 4, 1.0, 0.5), (23, 4, 1.0, 0.5), (23, 23, 2.5, 0.3), (64, 63, 0.7, 0.9), (63, 1000, 1.0, 0.1)],
 )
-def test_chunked_divergence_equals_the_dense_formula_with_gradients(
-    kind, num_tokens, chunk_tokens, temperature, beta
-):
+def test_chunked_divergence_equals_the_dense_formula_with_gradients(kind, num_tokens, chunk_tokens, temperature, beta):
     inputs = make(num_tokens)
     options = {"kind": kind, "temperature": temperature, "beta": beta}
     value = linear_divergence(**inputs, **options, chunk_tokens=chunk_tokens)
@@ -129,9 +127,7 @@ def test_padding_changes_nothing_and_is_not_computed(kind):
     expected = linear_divergence(**inputs, kind=kind)
     expected_gradients = torch.autograd.grad(expected, student_tensors(inputs))
 
-    positions = torch.tensor(
-        sorted(torch.randperm(40, generator=torch.Generator().manual_seed(1))[:23].tolist())
-    )
+    positions = torch.tensor(sorted(torch.randperm(40, generator=torch.Generator().manual_seed(1))[:23].tolist()))
     valid = torch.zeros(40, dtype=torch.bool)
     valid[positions] = True
     padded = dict(inputs)
@@ -217,9 +213,7 @@ def test_no_tensor_exceeds_one_chunk_of_logits(kind):
     num_tokens, chunk, vocabulary = 200, 16, 101
     inputs = make(num_tokens, vocabulary=vocabulary, dtype=torch.float32)
     with LargestTensor() as chunked:
-        linear_divergence(
-            **inputs, kind=kind, chunk_tokens=chunk, valid_T=torch.arange(num_tokens) > 3
-        ).backward()
+        linear_divergence(**inputs, kind=kind, chunk_tokens=chunk, valid_T=torch.arange(num_tokens) > 3).backward()
     assert chunked.numel == chunk * vocabulary
     with LargestTensor() as whole:
         dense(inputs, kind=kind).backward()

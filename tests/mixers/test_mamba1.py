@@ -274,9 +274,7 @@ def test_decays_are_computed_in_fp32_in_a_bf16_module() -> None:
 
 
 def test_reset_parameters_is_the_constructor_of_the_paper() -> None:
-    spec = Mamba1Spec(state_size=8, d_inner=512, d_xb=128, dt_rank=16, dt_min=1e-5, dt_max=0.2).resolve(
-        GEOMETRY
-    )
+    spec = Mamba1Spec(state_size=8, d_inner=512, d_xb=128, dt_rank=16, dt_min=1e-5, dt_max=0.2).resolve(GEOMETRY)
     mixer = Mamba1Mixer(spec, 64, initializer_range=0.03)
     torch.testing.assert_close(mixer.A_log, torch.arange(1.0, 9.0).log().expand(512, 8))
     assert torch.equal(mixer.D, torch.ones(512))
@@ -329,9 +327,7 @@ def test_state_size_is_told_without_running() -> None:
     _, state = mixer(make_hidden(3, batch=5).bfloat16(), return_state=True)
     assert mixer.state_shapes(5) == {name: tuple(getattr(state, name).shape) for name in MixerState._fields}
     assert mixer.state_bytes(torch.bfloat16, 5) == sum(t.numel() * t.itemsize for t in state)
-    paper_sized = Mamba1Spec().resolve(
-        AttentionGeometry(hidden_size=5120, num_heads=32, num_kv_heads=8, head_dim=128)
-    )
+    paper_sized = Mamba1Spec().resolve(AttentionGeometry(hidden_size=5120, num_heads=32, num_kv_heads=8, head_dim=128))
     with torch.device("meta"):
         mixer = Mamba1Mixer(paper_sized, 5120)
     assert mixer.state_bytes(torch.bfloat16) == 4096 * 16 * 4 + 4096 * 4 * 2

@@ -20,9 +20,7 @@ def test_unknown_family_error_names_value_rows_and_file(model_type):
 
 
 def test_geometry_reads_sizes_and_defaults():
-    given = geometry_of(
-        MistralConfig(hidden_size=40, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-    )
+    given = geometry_of(MistralConfig(hidden_size=40, num_attention_heads=4, num_key_value_heads=2, head_dim=16))
     assert (given.hidden_size, given.num_heads, given.num_kv_heads, given.head_dim) == (40, 4, 2, 16)
     derived = geometry_of(LlamaConfig(hidden_size=32, num_attention_heads=4))
     assert (derived.num_kv_heads, derived.head_dim) == (4, 8)

@@ -22,9 +22,7 @@ def test_all_attention_hybrid_is_the_teacher_bit_for_bit(
     mask = torch.ones_like(tokens)
     mask[0, :5] = 0
     assert torch.equal(hybrid(tokens).logits, teacher(tokens).logits)
-    assert torch.equal(
-        hybrid(tokens, attention_mask=mask).logits, teacher(tokens, attention_mask=mask).logits
-    )
+    assert torch.equal(hybrid(tokens, attention_mask=mask).logits, teacher(tokens, attention_mask=mask).logits)
 
 
 def test_only_replaced_layers_get_a_mixer(hybrid):
@@ -66,9 +64,7 @@ def test_packed_rows_may_differ_within_a_batch(hybrid, draw_tokens):
 
 def test_packed_documents_with_a_cache_are_refused(hybrid, draw_tokens):
     positions = torch.cat([torch.arange(4), torch.arange(4)])[None]
-    with pytest.raises(
-        ValueError, match="use_cache: a hybrid cannot cache packed documents; pass use_cache=False"
-    ):
+    with pytest.raises(ValueError, match="use_cache: a hybrid cannot cache packed documents; pass use_cache=False"):
         hybrid(draw_tokens(1, 8), position_ids=positions, use_cache=True)
 
 
@@ -98,9 +94,7 @@ def test_cache_of_what_a_state_cannot_hold_is_refused(hybrid, draw_tokens):
 
 def test_four_dimensional_mask_is_refused(hybrid, draw_tokens):
     mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
-    with pytest.raises(
-        ValueError, match=r"attention_mask: a hybrid needs the 2-D padding mask.*position_ids"
-    ):
+    with pytest.raises(ValueError, match=r"attention_mask: a hybrid needs the 2-D padding mask.*position_ids"):
         hybrid(draw_tokens(1, 6), attention_mask=mask)
 
 

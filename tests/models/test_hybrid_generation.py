@@ -24,9 +24,7 @@ def test_stepwise_logits_equal_full_logits(any_hybrid, draw_tokens):
     tokens = draw_tokens(2, 14)
     cache = DynamicCache(config=any_hybrid.config)
     with torch.no_grad():
-        chunks = [
-            any_hybrid(part, past_key_values=cache).logits for part in tokens.split((5, 1, 1, 3, 4), dim=1)
-        ]
+        chunks = [any_hybrid(part, past_key_values=cache).logits for part in tokens.split((5, 1, 1, 3, 4), dim=1)]
         whole = any_hybrid(tokens, use_cache=False).logits
     torch.testing.assert_close(torch.cat(chunks, dim=1), whole, rtol=1e-4, atol=1e-4)
     assert cache.get_seq_length() == 14
@@ -54,9 +52,7 @@ def test_sampled_generation_equals_uncached_with_the_same_seed(hybrid, draw_toke
 def test_beam_search_equals_uncached(hybrid, draw_tokens):
     tokens = draw_tokens(2, 5)
     options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3}
-    assert torch.equal(
-        hybrid.generate(tokens, **options), hybrid.generate(tokens, use_cache=False, **options)
-    )
+    assert torch.equal(hybrid.generate(tokens, **options), hybrid.generate(tokens, use_cache=False, **options))
 
 
 def test_static_cache_equals_dynamic(make_teacher, make_hybrid, draw_tokens):
@@ -71,9 +67,7 @@ def test_generation_goes_on_from_a_cache(hybrid, draw_tokens):
     tokens = draw_tokens(1, 6)
     options = {"do_sample": False, "return_dict_in_generate": True}
     first = hybrid.generate(tokens, max_new_tokens=5, **options)
-    second = hybrid.generate(
-        first.sequences, past_key_values=first.past_key_values, max_new_tokens=5, **options
-    )
+    second = hybrid.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=5, **options)
     assert torch.equal(second.sequences, hybrid.generate(tokens, max_new_tokens=10, **options).sequences)
 
 
@@ -89,9 +83,7 @@ def test_reset_cache_starts_afresh(hybrid, draw_tokens):
 
 
 def test_cache_of_the_wrong_kind_is_refused(hybrid, draw_tokens):
-    with pytest.raises(
-        ValueError, match=r"layer 0 is a mixer, but the cache.*DynamicCache\(config=model.config\)"
-    ):
+    with pytest.raises(ValueError, match=r"layer 0 is a mixer, but the cache.*DynamicCache\(config=model.config\)"):
         hybrid(draw_tokens(1, 4), past_key_values=DynamicCache())
 
 

@@ -19,12 +19,10 @@ assert not [name for name in sys.modules if name.startswith("transformers.models
 """
 
 ORDERS = {
-    "hybridize first": "import sys, hybridize\nassert 'transformers' not in sys.modules\nimport transformers"
-    + LOAD,
+    "hybridize first": "import sys, hybridize\nassert 'transformers' not in sys.modules\nimport transformers" + LOAD,
     "auto classes first": "import sys, transformers\nfrom transformers import AutoModelForCausalLM\nimport "
     "hybridize" + LOAD,
-    "tokenizer first": "import sys, hybridize, transformers\nfrom transformers import AutoTokenizer, Trainer"
-    + LOAD,
+    "tokenizer first": "import sys, hybridize, transformers\nfrom transformers import AutoTokenizer, Trainer" + LOAD,
 }
 
 

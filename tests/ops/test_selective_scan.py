@@ -90,15 +90,9 @@ def test_chunked_equals_reference_with_gradients(length: int, documents: int) ->
 @pytest.mark.parametrize(
     "shape",
     [
-        pytest.param(
-            {"batch": 3, "channels": 8, "states": 1, "heads": 1, "groups": 1, "length": 300}, id="one"
-        ),
-        pytest.param(
-            {"channels": 6, "states": 3, "heads": 6, "groups": 1, "length": 131}, id="head per channel"
-        ),
-        pytest.param(
-            {"channels": 12, "states": 5, "heads": 4, "groups": 4, "length": 65}, id="groups are heads"
-        ),
+        pytest.param({"batch": 3, "channels": 8, "states": 1, "heads": 1, "groups": 1, "length": 300}, id="one"),
+        pytest.param({"channels": 6, "states": 3, "heads": 6, "groups": 1, "length": 131}, id="head per channel"),
+        pytest.param({"channels": 12, "states": 5, "heads": 4, "groups": 4, "length": 65}, id="groups are heads"),
     ],
 )
 def test_chunked_equals_reference_at_other_shapes(shape: dict[str, int]) -> None:
@@ -187,9 +181,7 @@ def test_reference_equals_the_closed_form() -> None:
                 group = head // (heads // groups)
                 decay = torch.exp(inputs["A_DN"][channel] * step[r + 1 : t + 1, channel].sum())
                 product = inputs["C_BLHN"][0, t, head] * decay * inputs["B_BLGN"][0, r, group]
-                expected[t, channel] += (
-                    product.sum() * step[r, channel] * inputs["x_BLD"][0, r, channel]
-                ).detach()
+                expected[t, channel] += (product.sum() * step[r, channel] * inputs["x_BLD"][0, r, channel]).detach()
     y_BLD, _ = selective_scan(**inputs, backend="reference")
     torch.testing.assert_close(y_BLD[0], expected, rtol=1e-12, atol=1e-12)
 
@@ -243,8 +235,7 @@ def test_packed_equals_unpacked(backend: str, num_documents: int) -> None:
     values, states = [], []
     for begin, end in pairwise(bounds):
         document = {
-            name: tensor[:, begin:end] if "L" in name.split("_")[1] else tensor
-            for name, tensor in inputs.items()
+            name: tensor[:, begin:end] if "L" in name.split("_")[1] else tensor for name, tensor in inputs.items()
         }
         if starts_BL[0, begin]:
             del document["initial_state_BDN"]
@@ -289,10 +280,7 @@ def test_a_scan_in_pieces_equals_one_scan(cuts: tuple[int, ...]) -> None:
     whole = run(inputs, "chunked", weights)
     state_BDN, pieces = inputs["initial_state_BDN"], []
     for begin, end in zip((0, *cuts), (*cuts, 200), strict=True):
-        piece = {
-            name: tensor[:, begin:end] if "L" in name.split("_")[1] else tensor
-            for name, tensor in inputs.items()
-        }
+        piece = {name: tensor[:, begin:end] if "L" in name.split("_")[1] else tensor for name, tensor in inputs.items()}
         piece["initial_state_BDN"] = state_BDN
         y_BLD, state_BDN = selective_scan(**piece, return_final_state=True, backend="chunked")
         pieces.append(y_BLD)
@@ -309,9 +297,7 @@ def test_extreme_step_sizes_and_decays_stay_exact(dt: float, log_A: float, dtype
     inputs = make_inputs(length=150, documents=3, dtype=dtype)
     extreme = {
         "dt_BLD": torch.where(torch.rand(2, 150, 24) < 0.3, dt, inputs["dt_BLD"].detach()).to(dtype),
-        "A_DN": torch.where(torch.rand(24, 4) < 0.5, -torch.tensor(log_A).exp(), inputs["A_DN"].detach()).to(
-            dtype
-        ),
+        "A_DN": torch.where(torch.rand(24, 4) < 0.5, -torch.tensor(log_A).exp(), inputs["A_DN"].detach()).to(dtype),
     }
     inputs |= {name: tensor.requires_grad_() for name, tensor in extreme.items()}
     weights = weights_for(inputs)
@@ -341,9 +327,7 @@ def test_gradient_of_one_input_alone(name: str) -> None:
 
 def test_strided_inputs_equal_contiguous_ones() -> None:
     inputs = {name: tensor.detach() for name, tensor in make_inputs().items()}
-    strided = {
-        name: torch.cat([tensor, tensor], dim=-1)[..., : tensor.shape[-1]] for name, tensor in inputs.items()
-    }
+    strided = {name: torch.cat([tensor, tensor], dim=-1)[..., : tensor.shape[-1]] for name, tensor in inputs.items()}
     assert not strided["x_BLD"].is_contiguous()
     got, _ = selective_scan(**strided)
     expected, _ = selective_scan(**inputs)

@@ -28,9 +28,7 @@ def score(correct, total):
 
 
 def evaluation(point, label, counts, steps=None, is_control=False):
-    tasks = {
-        name: score(right, 100) for name, right in zip(("addition", "lookup", "chains"), counts, strict=True)
-    }
+    tasks = {name: score(right, 100) for name, right in zip(("addition", "lookup", "chains"), counts, strict=True)}
     return Evaluation(point, label, score(sum(counts), 300), tasks, steps, is_control)
 
 
@@ -39,9 +37,7 @@ def ranking(method, seed, is_control=False, gap=None):
     scores = [round(0.004 + 0.09 * draw.random() ** 3 + 0.03 * (layer < 2), 5) for layer in range(NUM_LAYERS)]
     if gap is not None:
         scores[gap] = None
-    order = sorted(
-        (layer for layer in range(NUM_LAYERS) if scores[layer] is not None), key=lambda i: scores[i]
-    )
+    order = sorted((layer for layer in range(NUM_LAYERS) if scores[layer] is not None), key=lambda i: scores[i])
     if is_control:
         return Ranking(method, (None,) * NUM_LAYERS, tuple(order), tuple(order[:12]), is_control=True)
     return Ranking(method, tuple(scores), tuple(order), tuple(order[:12]))
@@ -82,9 +78,7 @@ def example() -> ReportData:
             evaluation("converted", "converted", (11, 3, 1), steps=2),
             evaluation("distilled", "distilled", (87, 80, 49), steps=198),
             evaluation("random init: converted", "random init", (0, 0, 0), steps=0, is_control=True),
-            evaluation(
-                "random init: distilled", "random init, distilled", (31, 12, 4), steps=17, is_control=True
-            ),
+            evaluation("random init: distilled", "random init, distilled", (31, 12, 4), steps=17, is_control=True),
         ),
         memory=(
             CacheMemory("teacher", 98304, 0),

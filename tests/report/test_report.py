@@ -67,9 +67,7 @@ class Text(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         attributes = dict(attrs)
-        self.sources += [
-            value for name, value in attrs if name in ("src", "href", "srcset", "action", "poster")
-        ]
+        self.sources += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "poster")]
         if tag == "img":
             self.images.append(attributes)
 
@@ -303,9 +301,7 @@ def test_break_even_is_where_the_two_lines_cross(kv, state, expected):
 def test_long_curves_are_thinned_in_the_table_with_both_ends():
     count = 1001
     steps = tuple(range(1, count + 1))
-    curve = LossCurve(
-        "long", "long", steps, tuple(1 / step for step in steps), tuple(8 * step for step in steps)
-    )
+    curve = LossCurve("long", "long", steps, tuple(1 / step for step in steps), tuple(8 * step for step in steps))
     text = read(render_page(replace(EMPTY, losses=(curve,)))).text
     assert f"{MAX_TABLE_POINTS} of 1 001 points" in text
     assert "1 8 1 " in text
@@ -324,9 +320,7 @@ def test_console_summary_shows_models_and_controls():
 
 def test_console_summary_prints_markup_as_it_is():
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(
-        console_summary(replace(EMPTY, title="[red]x", evaluations=(replace(RANDOM, label="[b]y"),)))
-    )
+    console.print(console_summary(replace(EMPTY, title="[red]x", evaluations=(replace(RANDOM, label="[b]y"),))))
     text = console.export_text()
     assert "[red]x" in text
     assert "[b]y (control)" in text

@@ -26,9 +26,7 @@ def test_the_papers_sizes_follow_from_the_papers_teacher():
     rank=st.one_of(st.none(), st.integers(1, 50)),
 )
 def test_resolving_keeps_what_is_given_and_fills_the_rest(heads, group, slices, hidden, rank):
-    geometry = AttentionGeometry(
-        hidden_size=hidden, num_heads=heads, num_kv_heads=heads // group, head_dim=8 * slices
-    )
+    geometry = AttentionGeometry(hidden_size=hidden, num_heads=heads, num_kv_heads=heads // group, head_dim=8 * slices)
     spec = Mamba1Spec(state_size=8, dt_rank=rank).resolve(geometry)
     assert spec.dt_rank == (rank or -(-hidden // 16))
     assert spec.d_inner == heads * 8 * slices

@@ -68,8 +68,7 @@ ONE_FAULT = {
     ),
     "mixer type": (
         [{**RANK, "mixer": {"type": "mamba"}}],
-        "recipe.stages[0].mixer.type: 'mamba' is unknown; use one of attention, mamba1; "
-        "did you mean 'mamba1'?",
+        "recipe.stages[0].mixer.type: 'mamba' is unknown; use one of attention, mamba1; did you mean 'mamba1'?",
     ),
     "mixer size": (
         [{**RANK, "mixer": {"type": "mamba1", "d_inner": 7}}],
@@ -129,6 +128,10 @@ ONE_FAULT = {
         "recipe.stages[1]: tokens_per_step 100 is not a whole number of batches of 1 rows of 16384 tokens; "
         "use a multiple of 16384",
     ),
+    "rows of a ranking": (
+        [{**RANK, "tokens_per_step": 100}],
+        "recipe.stages[0]: tokens_per_step 100 is not a whole number of rows of 16384 tokens; use a multiple of 16384",
+    ),
     "missing": (
         [CONVERT, {"kind": "distill", "model": "convert"}],
         "recipe.stages[1].steps: required, but missing; add it",
@@ -186,9 +189,7 @@ def write(path, value):
 
 
 def test_paths_in_a_file_are_relative_to_it(tmp_path):
-    path = write(
-        tmp_path / "jobs" / "job.yaml", recipe(RANK, data={"source": "file", "path": "traces.jsonl"})
-    )
+    path = write(tmp_path / "jobs" / "job.yaml", recipe(RANK, data={"source": "file", "path": "traces.jsonl"}))
     job = load_recipe(path)
     assert Path(job.teacher) == tmp_path / "jobs" / "teacher"
     assert job.data == FileDataSpec(path=str(tmp_path / "jobs" / "traces.jsonl"))
@@ -234,9 +235,7 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_a_faulty_file_tells_every_fault(tmp_path):
     path = write(tmp_path / "job.yaml", recipe({**RANK, "stepz": 1}, {"kind": "report", "title": 3}))
-    with pytest.raises(
-        ValueError, match=r"stages\[0\]\.stepz: unknown key(.|\n)*stages\[1\]\.title: 3 is not"
-    ):
+    with pytest.raises(ValueError, match=r"stages\[0\]\.stepz: unknown key(.|\n)*stages\[1\]\.title: 3 is not"):
         load_recipe(path)
 
 

@@ -18,9 +18,7 @@ def test_distill_lowers_the_loss_and_records_every_step(teacher, tools, tmp_path
         repeated = _concatenate(repeated, rows)
     seen = []
     student = tools.student(teacher)
-    result = distill(
-        student, teacher, repeated, stage, tmp_path, on_log=lambda r, total: seen.append((r, total))
-    )
+    result = distill(student, teacher, repeated, stage, tmp_path, on_log=lambda r, total: seen.append((r, total)))
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record for record, _ in seen] == records
     assert {total for _, total in seen} == {12}
@@ -56,9 +54,7 @@ def test_step_is_the_same_however_it_is_cut_into_batches(teacher, tools, tmp_pat
         )
         distill(student, teacher, rows, stage, tmp_path / str(rows_per_batch))
         students.append(tools.copy_of(student))
-        losses.append(
-            [r["loss_nats"] for r in read_metrics(tmp_path / str(rows_per_batch) / "metrics.jsonl")]
-        )
+        losses.append([r["loss_nats"] for r in read_metrics(tmp_path / str(rows_per_batch) / "metrics.jsonl")])
     for name, tensor in students[0].items():
         torch.testing.assert_close(tensor, students[1][name], rtol=0, atol=1e-9)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

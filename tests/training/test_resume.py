@@ -180,8 +180,6 @@ def test_weights_that_are_not_finite_are_not_saved(tools, tmp_path, monkeypatch)
         return divergence(*args)
 
     monkeypatch.setattr(trainer, "batch_divergence", poisoned)
-    with pytest.raises(
-        DivergedError, match=r"step 2 of 6: a weight is not finite.*no checkpoint was written"
-    ):
+    with pytest.raises(DivergedError, match=r"step 2 of 6: a weight is not finite.*no checkpoint was written"):
         distill(student, teacher, tools.rows(24), tools.stage(), tmp_path)
     assert not any((tmp_path / "checkpoints").glob("checkpoint-*"))

@@ -115,9 +115,7 @@ def test_only_attention_can_be_replaced(teacher):
 
 def test_attention_bias_is_an_accounted_error():
     teacher = build_teacher("llama", attention_bias=True)
-    with pytest.raises(
-        ValueError, match=r"model\.layers\.1\.self_attn\.q_proj\.bias.*no place.*init 'random'"
-    ):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj\.bias.*no place.*init 'random'"):
         convert(teacher, layout(1))
     hybrid, plan = convert(teacher, layout(1), "random")
     assert "model.layers.1.self_attn.o_proj.bias" in plan.transfers[1].dropped
@@ -138,9 +136,7 @@ def test_plan_summarises_untouched_layers_and_spells_out_replaced_ones(teacher):
     assert "layer 0: stays attention, 9 tensors untouched" in lines
     assert "layer 1: becomes mamba1 by init 'aligned', 5 tensors untouched" in lines
     assert "  mixer.D [32] = init: 1" in lines
-    assert any(
-        line.startswith("  mixer.out_proj.weight [32 x 32] = the columns of o_proj.weight") for line in lines
-    )
+    assert any(line.startswith("  mixer.out_proj.weight [32 x 32] = the columns of o_proj.weight") for line in lines)
 
 
 def test_bfloat16_conversion_keeps_dtype_and_fp32_scan(teacher):
@@ -161,7 +157,5 @@ def test_trained_model_converts_and_is_the_teacher_with_no_layer_replaced():
     for init in INITS:
         hybrid, _ = convert(teacher, layout(1, 3, num_layers=5), init)
         tokens = hybrid.generate(TOKENS[:1], max_new_tokens=12, do_sample=False, pad_token_id=0)
-        again = hybrid.generate(
-            TOKENS[:1], max_new_tokens=12, do_sample=False, pad_token_id=0, use_cache=False
-        )
+        again = hybrid.generate(TOKENS[:1], max_new_tokens=12, do_sample=False, pad_token_id=0, use_cache=False)
         assert torch.equal(tokens, again)

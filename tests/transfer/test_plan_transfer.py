@@ -130,12 +130,8 @@ def test_what_has_no_counterpart_is_initialised_as_the_plan_says():
 def test_every_tensor_of_both_sides_is_accounted_for(init):
     plan = plan_transfer(GEOMETRY, Mamba1Spec(state_size=4), init)
     mixer = build_mixer(plan.spec, 24)
-    assert [entry.target for entry in plan.entries] == [
-        f"self_attn.mixer.{name}" for name in mixer.state_dict()
-    ]
-    assert {entry.shape for entry in plan.entries} == {
-        tuple(tensor.shape) for tensor in mixer.state_dict().values()
-    }
+    assert [entry.target for entry in plan.entries] == [f"self_attn.mixer.{name}" for name in mixer.state_dict()]
+    assert {entry.shape for entry in plan.entries} == {tuple(tensor.shape) for tensor in mixer.state_dict().values()}
     assert set(plan.used) | set(plan.dropped) == set(draw_attention())
     assert not set(plan.used) & set(plan.dropped)
     assert (init == "random") == bool(plan.dropped)
@@ -159,9 +155,7 @@ def test_plan_reads_like_sentences():
 def test_draws_follow_the_generator_and_leave_the_global_one_alone():
     plan = plan_transfer(GEOMETRY, Mamba1Spec(state_size=4))
     before = torch.get_rng_state()
-    first, second, other = (
-        plan.apply(draw_attention(), torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
-    )
+    first, second, other = (plan.apply(draw_attention(), torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), before)
     name = "self_attn.mixer.in_proj.weight"
     assert torch.equal(first[name], second[name])
@@ -179,9 +173,7 @@ def test_bias_without_a_place_is_an_error_and_dropped_by_random():
     names = [*draw_attention(), "self_attn.q_proj.bias"]
     spec = Mamba1Spec(state_size=4)
     for init in ("aligned", "published"):
-        with pytest.raises(
-            ValueError, match=r"self_attn\.q_proj\.bias: a mamba1 mixer has no place .*'random'"
-        ):
+        with pytest.raises(ValueError, match=r"self_attn\.q_proj\.bias: a mamba1 mixer has no place .*'random'"):
             plan_transfer(GEOMETRY, spec, init, source_tensors=names)
     assert "self_attn.q_proj.bias" in plan_transfer(GEOMETRY, spec, "random", source_tensors=names).dropped
 

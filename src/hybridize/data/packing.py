@@ -65,9 +65,7 @@ class PackedRows:
     def part(self, start: int, stop: int) -> "PackedRows":
         """Rows `start` up to but not `stop`, sharing memory; `num_dropped` and `epochs` stay the whole's."""
         if not 0 <= start <= stop <= len(self):
-            raise ValueError(
-                f"rows {start}..{stop}: there are {len(self)}; use 0 <= start <= stop <= {len(self)}"
-            )
+            raise ValueError(f"rows {start}..{stop}: there are {len(self)}; use 0 <= start <= stop <= {len(self)}")
         tokens = slice(self.offsets[start], self.offsets[stop])
         return PackedRows(
             self.input_ids[tokens],

@@ -147,9 +147,7 @@ def _check_messages(messages: Any, place: str) -> list[Message]:
     for i, message in enumerate(messages):
         where = f"{place}: messages[{i}]"
         if not isinstance(message, dict):
-            raise ValueError(
-                f'{where}: {_show(message)} is no message; write {{"role": ..., "content": ...}}'
-            )
+            raise ValueError(f'{where}: {_show(message)} is no message; write {{"role": ..., "content": ...}}')
         for key in ("role", "content"):
             if key not in message:
                 raise ValueError(f"{where}.{key}: missing in {_show(message)}; add it")

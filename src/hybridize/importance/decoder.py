@@ -87,9 +87,7 @@ def _layers(model: Any) -> nn.ModuleList:
 
 
 def _run(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    outputs = model.base_model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-    )
+    outputs = model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
     return outputs.last_hidden_state
 
 

@@ -149,9 +149,7 @@ def rank_layers(
         raise ValueError(f"model: no layer of its layout {layout} is attention; there is nothing to rank")
     geometry: AttentionGeometry = geometry_of(model.config)
     stage = stage.model_copy(update={"mixer": stage.mixer.resolve(geometry)})
-    request = Request(
-        model, teacher, batches, heldout, stage, Path(state_dir), layers, on_progress, checkpoint
-    )
+    request = Request(model, teacher, batches, heldout, stage, Path(state_dir), layers, on_progress, checkpoint)
     method = METHODS[stage.method]
     found = method.function(request)
     return Ranking(

@@ -243,9 +243,7 @@ def _check_finite(loss: float, layer: int, when: str, stage: RankStage) -> None:
 def _check_batches(request: Request) -> None:
     stage = request.stage
     if len(request.batches) != stage.steps:
-        raise ValueError(
-            f"batches: {len(request.batches)} are given for {stage.steps} steps; give one for each step"
-        )
+        raise ValueError(f"batches: {len(request.batches)} are given for {stage.steps} steps; give one for each step")
     if not any(bool(batch["valid"].any()) for batch in request.heldout):
         raise ValueError(
             "heldout: it has no completion token to measure the loss on; hold out more rows, or longer ones"

@@ -33,13 +33,9 @@ class LayerOrder:
 
     def __post_init__(self) -> None:
         if list(self.layers) != sorted(set(self.layers)) or any(layer < 0 for layer in self.layers):
-            raise ValueError(
-                f"layers: {list(self.layers)} are not ascending layer numbers, each named once; sort them"
-            )
+            raise ValueError(f"layers: {list(self.layers)} are not ascending layer numbers, each named once; sort them")
         if self.order is not None and sorted(self.order) != list(self.layers):
-            raise ValueError(
-                f"order: {list(self.order)} does not name each of the layers {list(self.layers)} once"
-            )
+            raise ValueError(f"order: {list(self.order)} does not name each of the layers {list(self.layers)} once")
 
     def choose(self, num: int, place: str = "num_layers") -> tuple[int, ...]:
         """The `num` least important layers, ascending.
@@ -198,9 +194,7 @@ class _Fields:
 
     def __init__(self, value: object, place: str) -> None:
         if not isinstance(value, dict):
-            raise ValueError(
-                f"{place}: {type(value).__name__} instead of a mapping; run the rank stage again"
-            )
+            raise ValueError(f"{place}: {type(value).__name__} instead of a mapping; run the rank stage again")
         self.value: dict[str, Any] = value
 
     def take(self, name: str, kind: type) -> Any:

@@ -48,9 +48,7 @@ def dense_divergence(
     """
     check_options(kind, beta, temperature, reduction)
     if student_logits_TV.shape != teacher_logits_TV.shape:
-        shapes = (
-            f"student logits {list(student_logits_TV.shape)}, teacher logits {list(teacher_logits_TV.shape)}"
-        )
+        shapes = f"student logits {list(student_logits_TV.shape)}, teacher logits {list(teacher_logits_TV.shape)}"
         raise ValueError(f"{shapes}: they must have one shape; give both models the same vocabulary")
     check_valid(valid_T, student_logits_TV.shape[0])
     if valid_T is not None:
@@ -72,9 +70,7 @@ def check_options(kind: str, beta: float, temperature: float, reduction: str) ->
     if kind not in KINDS:
         raise ValueError(f"kind: {kind!r} is unknown; use one of {', '.join(KINDS)}")
     if kind == "jsd" and not 0 < beta < 1:
-        raise ValueError(
-            f"beta: {beta} is outside (0, 1); for the ends use kind='forward_kl' or 'reverse_kl'"
-        )
+        raise ValueError(f"beta: {beta} is outside (0, 1); for the ends use kind='forward_kl' or 'reverse_kl'")
     if not temperature > 0:
         raise ValueError(f"temperature: {temperature} must be above 0")
     if reduction not in get_args(Reduction):

@@ -205,9 +205,7 @@ class Mamba1Mixer(Mixer):
     ) -> None:
         hidden_size = self.in_proj.in_features
         if hidden_BLE.ndim != 3 or hidden_BLE.shape[-1] != hidden_size:
-            raise ValueError(
-                f"hidden_BLE: shape {tuple(hidden_BLE.shape)}; pass [batch, length, {hidden_size}]"
-            )
+            raise ValueError(f"hidden_BLE: shape {tuple(hidden_BLE.shape)}; pass [batch, length, {hidden_size}]")
         leading = tuple(hidden_BLE.shape[:2])
         for name, mask in (("starts_BL", starts_BL), ("valid_BL", valid_BL)):
             if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != leading):

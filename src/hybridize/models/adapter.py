@@ -28,9 +28,7 @@ class MixerLayer(nn.Module):
         initializer_range: standard deviation of randomly initialised projections.
     """
 
-    def __init__(
-        self, spec: MixerSpec, hidden_size: int, layer_idx: int, initializer_range: float = 0.02
-    ) -> None:
+    def __init__(self, spec: MixerSpec, hidden_size: int, layer_idx: int, initializer_range: float = 0.02) -> None:
         super().__init__()
         self.spec = spec
         self.layer_idx = layer_idx

@@ -62,14 +62,10 @@ def load_teacher(path: str | Path, **kwargs: Any) -> Any:
     """
     folder = Path(path)
     if folder.is_dir() and read_model_type(folder).startswith(HYBRID_PREFIX):
-        raise ValueError(
-            f"{path}: it holds a hybrid, but a teacher is asked for; give the original model's folder"
-        )
+        raise ValueError(f"{path}: it holds a hybrid, but a teacher is asked for; give the original model's folder")
     model = load_model(path, **kwargs)
     if hasattr(model.config, "mixers"):
-        raise ValueError(
-            f"{path}: it holds a hybrid, but a teacher is asked for; give the original model's name"
-        )
+        raise ValueError(f"{path}: it holds a hybrid, but a teacher is asked for; give the original model's name")
     return model.requires_grad_(False)
 
 
@@ -112,9 +108,7 @@ def check_output(out: str | Path) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():
-        raise ValueError(
-            f"{out}: it exists already and nothing is ever overwritten; remove it or give another folder"
-        )
+        raise ValueError(f"{out}: it exists already and nothing is ever overwritten; remove it or give another folder")
 
 
 def read_model_type(folder: Path) -> str:
@@ -127,19 +121,13 @@ def read_model_type(folder: Path) -> str:
         raise ValueError(f"{folder}: there is no such folder; check the path")
     file = folder / "config.json"
     if not file.is_file():
-        raise ValueError(
-            f"{folder}: it has no config.json, so it is no checkpoint; give the folder that holds one"
-        )
+        raise ValueError(f"{folder}: it has no config.json, so it is no checkpoint; give the folder that holds one")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{file}: it is not readable as JSON ({error}); fetch or write the checkpoint again"
-        ) from None
+        raise ValueError(f"{file}: it is not readable as JSON ({error}); fetch or write the checkpoint again") from None
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ValueError(
-            f"{file}: it names no model_type; add one of {', '.join(FAMILIES)} if it is such a model"
-        )
+        raise ValueError(f"{file}: it names no model_type; add one of {', '.join(FAMILIES)} if it is such a model")
     return config["model_type"]
 
 
@@ -151,9 +139,7 @@ def check_files(folder: Path) -> None:
     """
     for file in weight_files(folder):
         if not file.is_file():
-            raise ValueError(
-                f"{file}: the index lists it, but it is missing; fetch or write the checkpoint again"
-            )
+            raise ValueError(f"{file}: the index lists it, but it is missing; fetch or write the checkpoint again")
         try:
             with safe_open(file, framework="pt") as opened:
                 opened.keys()
@@ -174,9 +160,7 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f"{index}: it is not a readable index; fetch or write the checkpoint again"
-            ) from None
+            raise ValueError(f"{index}: it is not a readable index; fetch or write the checkpoint again") from None
         return [folder / name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -202,9 +186,7 @@ def _check_loading(path: str, model: Any, report: dict[str, Any]) -> None:
         faults.append(f"tensors are missing: {_some(missing)}")
     mismatched = sorted(str(entry) for entry in report.get("mismatched_keys", ()))
     if mismatched:
-        faults.append(
-            f"tensors have another shape than the config says (name, found, expected): {_some(mismatched)}"
-        )
+        faults.append(f"tensors have another shape than the config says (name, found, expected): {_some(mismatched)}")
     unexpected = sorted(report.get("unexpected_keys", ()))
     if unexpected:
         faults.append(f"tensors belong to no part of the model: {_some(unexpected)}")

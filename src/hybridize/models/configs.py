@@ -64,8 +64,7 @@ def read_layout(mixers: Sequence[Any] | None, num_layers: int, place: str = "con
         return LayoutSpec(layers=(AttentionSpec(),) * num_layers)
     if len(mixers) != num_layers:
         raise ValueError(
-            f"{place}: it has {len(mixers)} entries, but the model has {num_layers} layers; give one entry "
-            "per layer"
+            f"{place}: it has {len(mixers)} entries, but the model has {num_layers} layers; give one entry per layer"
         )
     layers = [parse_mixer(mixer, f"{place}[{layer}]") for layer, mixer in enumerate(mixers)]
     for layer, spec in enumerate(layers):
@@ -77,9 +76,7 @@ def check_resolved(spec: Spec, place: str) -> None:
     """Raise a `ValueError` if the spec leaves a size open."""
     open_fields = [name for name in type(spec).model_fields if getattr(spec, name) is None]
     if open_fields:
-        raise ValueError(
-            f"{place}.{open_fields[0]}: it is left open (None); resolve the layout before storing it"
-        )
+        raise ValueError(f"{place}.{open_fields[0]}: it is left open (None); resolve the layout before storing it")
 
 
 @functools.cache

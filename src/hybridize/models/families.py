@@ -102,9 +102,7 @@ FAMILIES: dict[str, ModelFamily] = {
     row.model_type: row
     for row in (
         ModelFamily("llama", "LlamaConfig", "LlamaForCausalLM"),
-        ModelFamily(
-            "mistral", "MistralConfig", "MistralForCausalLM", attention_types=_all_sliding_if_windowed
-        ),
+        ModelFamily("mistral", "MistralConfig", "MistralForCausalLM", attention_types=_all_sliding_if_windowed),
     )
 }
 

@@ -168,8 +168,7 @@ def hybrid_model_class(model_type: str) -> Any:
 def _build(family: ModelFamily) -> Any:
     body = {
         "__module__": __name__,
-        "__doc__": f"{family.model_class} with the attention of some layers replaced by mixers "
-        "(`config.mixers`).",
+        "__doc__": f"{family.model_class} with the attention of some layers replaced by mixers (`config.mixers`).",
         "config_class": hybrid_config_class(family.model_type),
     }
     return type(family.hybrid_model_class, (HybridMixin, family.teacher_model()), body)

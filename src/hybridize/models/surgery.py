@@ -39,8 +39,7 @@ def resolve_layout(config: Any, layout: LayoutSpec, place: str = "layout") -> La
     current = layout_of(config).layers
     if len(layout.layers) != len(current):
         raise ValueError(
-            f"{place}: it has {len(layout.layers)} layers, but the model has {len(current)}; give one "
-            "mixer per layer"
+            f"{place}: it has {len(layout.layers)} layers, but the model has {len(current)}; give one mixer per layer"
         )
     resolved = layout.resolve(geometry_of(config))
     for layer, (old, new) in enumerate(zip(current, resolved.layers, strict=True)):
@@ -143,8 +142,7 @@ def swap_layer(hybrid: Any, layer: int, new: MixerSpec | nn.Module) -> nn.Module
         )
     if not 0 <= layer < len(layout.layers):
         raise ValueError(
-            f"layer: the model has no layer {layer}; it has {len(layout.layers)}, use "
-            f"0..{len(layout.layers) - 1}"
+            f"layer: the model has no layer {layer}; it has {len(layout.layers)}, use 0..{len(layout.layers) - 1}"
         )
     old = attention_module(hybrid, layer)
     module: nn.Module
@@ -153,9 +151,7 @@ def swap_layer(hybrid: Any, layer: int, new: MixerSpec | nn.Module) -> nn.Module
         _set_spec(hybrid.config, layer, spec)
     else:
         if isinstance(new, AttentionSpec):
-            raise ValueError(
-                f"layer {layer}: to go back to attention, hand over the module that was swapped out"
-            )
+            raise ValueError(f"layer {layer}: to go back to attention, hand over the module that was swapped out")
         _set_spec(hybrid.config, layer, new.resolve(geometry_of(hybrid.config)))
         parameter = next(old.parameters())
         with torch.device(parameter.device):

@@ -79,7 +79,9 @@ def mixer_parameters(spec: AttentionSpec | Mamba1Spec, shape: TeacherShape) -> i
     if isinstance(spec, AttentionSpec):
         return shape.attention_parameters
     spec = spec.resolve(shape.geometry)
-    assert spec.d_inner and spec.d_xb and spec.dt_rank
+    assert spec.d_inner
+    assert spec.d_xb
+    assert spec.dt_rank
     hidden, inner = shape.geometry.hidden_size, spec.d_inner
     projections = hidden * (3 * inner + 2 * spec.d_xb + spec.dt_rank) + spec.dt_rank * inner
     return projections + inner * (spec.conv_kernel + spec.state_size + 3)
@@ -178,7 +180,9 @@ def read_teacher_config(teacher: str) -> dict[str, Any] | None:
         config = json.loads(file.read_text())
         TeacherShape.of(config)
     except OSError:
-        raise ValueError(f"teacher: {teacher} has no config.json; give the folder of a Hugging Face checkpoint") from None
+        raise ValueError(
+            f"teacher: {teacher} has no config.json; give the folder of a Hugging Face checkpoint"
+        ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}: is not valid JSON ({error}); restore it") from None
     except KeyError as missing:

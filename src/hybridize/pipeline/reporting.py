@@ -10,7 +10,16 @@ import yaml
 from hybridize.importance import load_ranking
 from hybridize.pipeline.artifacts import MANIFEST, Artifact, library_versions, read_artifact
 from hybridize.pipeline.stages import METRICS_FILE, RANKING_FILE
-from hybridize.report import CacheMemory, Evaluation, LossCurve, Ranking, ReportData, Score, StageCost, write_report
+from hybridize.report import (
+    CacheMemory,
+    Evaluation,
+    LossCurve,
+    Ranking,
+    ReportData,
+    Score,
+    StageCost,
+    write_report,
+)
 from hybridize.spec.recipe import RecipeSpec, parse_recipe
 from hybridize.spec.stages import TEACHER, ConvertStage, DistillStage, EvaluateStage, RankStage
 

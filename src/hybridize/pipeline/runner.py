@@ -118,7 +118,11 @@ def describe(stage: StageSpec) -> str:
     """A stage in a few words."""
     match stage:
         case ConvertStage():
-            where = f"layers {list(stage.layers)}" if stage.layers is not None else f"{stage.num_layers} layers by {stage.ranking}"
+            where = (
+                f"layers {list(stage.layers)}"
+                if stage.layers is not None
+                else f"{stage.num_layers} layers by {stage.ranking}"
+            )
             return f"convert {where} to {stage.mixer.type}, init {stage.init}"
         case EvaluateStage():
             return f"judge {stage.model} on {stage.problems_per_task} problems of {len(stage.tasks)} tasks"
@@ -133,14 +137,19 @@ def outcome(stage: StageSpec, artifact: Artifact) -> str:
     seconds = f"({artifact.manifest['seconds']:.0f} s)"
     match getattr(stage, "kind"):  # noqa: B009
         case "rank":
-            return f"least important first: {metrics['order']} {seconds}" if metrics["order"] else f"evenly spaced {seconds}"
+            return (
+                f"least important first: {metrics['order']} {seconds}"
+                if metrics["order"]
+                else f"evenly spaced {seconds}"
+            )
         case "convert":
             return f"replaced {metrics['layers']} {seconds}"
         case "distill":
             return f"loss {metrics['final_loss_nats']:.4f} nat/token after {metrics['tokens']:,} tokens {seconds}"
         case "evaluate":
             whole = metrics["overall"]
-            return f"{whole['correct']} of {whole['total']} right, {whole['accuracy']:.1%} [{whole['low']:.1%}, {whole['high']:.1%}] {seconds}"
+            share = f"{whole['accuracy']:.1%} [{whole['low']:.1%}, {whole['high']:.1%}]"
+            return f"{whole['correct']} of {whole['total']} right, {share} {seconds}"
         case _:
             return f"{artifact.folder / metrics['page']} {seconds}"
 

@@ -77,9 +77,7 @@ def run_rank(stage: RankStage, job: Job, folder: Path) -> dict[str, Any]:
     if stage.method == "mmr":
         cost = rank_cost(teacher.config.num_hidden_layers, stage)
         job.reporter.say(f"  {describe_cost(cost)}")
-        rows = pack_rows(
-            job.data, job.tokenizer(), stage.sequence_length, num_rows + stage.heldout_rows, stage.seed
-        )
+        rows = pack_rows(job.data, job.tokenizer(), stage.sequence_length, num_rows + stage.heldout_rows, stage.seed)
         batches = _batches(rows.part(stage.heldout_rows, len(rows)), stage.rows_per_step)
         heldout = _batches(rows.part(0, stage.heldout_rows), stage.rows_per_step)
     with job.reporter.bar("ranking") as advance:
@@ -125,7 +123,8 @@ def chosen_layers(stage: ConvertStage, job: Job, num_layers: int) -> tuple[int, 
 
     if stage.layers is not None:
         return stage.layers
-    assert stage.ranking is not None and stage.num_layers is not None
+    assert stage.ranking is not None
+    assert stage.num_layers is not None
     ranking = load_ranking(job.artifacts[stage.ranking].folder / RANKING_FILE)
     return ranking.choose(stage.num_layers, f"{stage.name}.num_layers")
 

@@ -63,9 +63,7 @@ def render_page(data: ReportData, drawn: Mapping[str, Plot] | None = None) -> st
         data: the run.
         drawn: its plots from `draw_plots`; drawn here when left out.
     """
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         percent=summary.percent,
         interval=summary.interval,
@@ -92,8 +90,7 @@ def draw_plots(data: ReportData) -> dict[str, Plot]:
         add(
             "accuracy",
             plots.accuracy_chart(data.evaluations),
-            "Bar chart of right answers, overall and by task, with 95% intervals. "
-            f"Overall: {'; '.join(parts)}.",
+            f"Bar chart of right answers, overall and by task, with 95% intervals. Overall: {'; '.join(parts)}.",
         )
     scored = [entry for entry in data.rankings if any(score is not None for score in entry.scores)]
     if scored:
@@ -108,10 +105,7 @@ def draw_plots(data: ReportData) -> dict[str, Plot]:
         add("layers", plots.layer_strips(data.rankings), f"Strips of replaced layers. {'; '.join(parts)}.")
     curves = [curve for curve in data.losses if curve.steps]
     if curves:
-        ends = [
-            (curve.label, *map(summary.number, (curve.losses_nats[0], curve.losses_nats[-1])))
-            for curve in curves
-        ]
+        ends = [(curve.label, *map(summary.number, (curve.losses_nats[0], curve.losses_nats[-1]))) for curve in curves]
         parts = [f"{label} from {first} to {last}" for label, first, last in ends]
         add(
             "loss",
@@ -141,17 +135,14 @@ def _context(data: ReportData, drawn: Mapping[str, Plot]) -> dict[str, Any]:
             for index, kind in enumerate(kinds)
         ],
         "layout_cells": [(kinds.index(kind), _letter(kind, kinds)) for kind in data.layout],
-        "evaluation_rows": [
-            (entry, summary.kept_of_teacher(data, entry.overall)) for entry in data.evaluations
-        ],
+        "evaluation_rows": [(entry, summary.kept_of_teacher(data, entry.overall)) for entry in data.evaluations],
         "any_steps_judged": any(entry.steps_correct is not None for entry in data.evaluations),
         "tasks": list(dict.fromkeys(task for entry in data.evaluations for task in entry.tasks)),
         "ranking_has_control": any(entry.is_control for entry in data.rankings),
         "curves": [curve for curve in data.losses if curve.steps],
         "curve_points": [(curve, _points(curve)) for curve in data.losses if curve.steps],
         "memory_rows": [
-            (model, None if first_memory is None else break_even_tokens(first_memory, model))
-            for model in data.memory
+            (model, None if first_memory is None else break_even_tokens(first_memory, model)) for model in data.memory
         ],
         "seconds": sum(cost.seconds for cost in data.costs),
     }

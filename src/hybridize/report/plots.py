@@ -85,6 +85,8 @@ def _png(draw: Callable[..., Figure]) -> Callable[..., bytes]:
 def importance_chart(rankings: Sequence[Ranking]) -> Figure:
     """Importance of each layer, one row of bars per method; the layers it would replace are hatched.
 
+    Scores that span more than a factor of 50 are drawn on a logarithmic axis.
+
     Args:
         rankings: the methods to draw; those without any score are passed over.
 
@@ -93,9 +95,7 @@ def importance_chart(rankings: Sequence[Ranking]) -> Figure:
     """
     shown = [ranking for ranking in rankings if any(score is not None for score in ranking.scores)]
     figure = Figure(figsize=(WIDTH_INCHES, 0.5 + 1.9 * len(shown)), layout="constrained")
-    for row, (axes, ranking) in enumerate(
-        zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True)
-    ):
+    for row, (axes, ranking) in enumerate(zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True)):
         for layer, score in enumerate(ranking.scores):
             if score is None:
                 axes.annotate(
@@ -120,7 +120,12 @@ def importance_chart(rankings: Sequence[Ranking]) -> Figure:
                 hatch="//////" if chosen else None,
                 linewidth=0.9,
             )
-        axes.axhline(0, color=MUTED, linewidth=0.8)
+        floor = _log_floor(ranking.scores)
+        if floor is None:
+            axes.axhline(0, color=MUTED, linewidth=0.8)
+        else:
+            axes.set_yscale("log")
+            axes.set_ylim(bottom=floor)
         axes.set(title=ranking.method, ylabel=ranking.unit, xlim=(-0.7, len(ranking.scores) - 0.3))
         axes.set_xticks(_layer_ticks(len(ranking.scores)))
         axes.tick_params(axis="x", length=0)
@@ -133,6 +138,14 @@ def importance_chart(rankings: Sequence[Ranking]) -> Figure:
     ]
     figure.legend(handles, ["attention kept", "replaced"], loc="outside upper left", ncols=2)
     return figure
+
+
+def _log_floor(scores: Sequence[float | None]) -> float | None:
+    """Where a logarithmic axis should begin; None where a linear one shows every bar well."""
+    known = [score for score in scores if score is not None]
+    if min(known) <= 0 or max(known) < 50 * min(known):
+        return None
+    return min(known) / 2
 
 
 @_png
@@ -209,9 +222,7 @@ def accuracy_chart(evaluations: Sequence[Evaluation]) -> Figure:
     axes = figure.subplots()
     width = 0.82 / len(evaluations)
     for index, (entry, colour) in enumerate(_coloured(evaluations)):
-        scores = [(0, entry.overall)] + [
-            (1 + tasks.index(task), score) for task, score in entry.tasks.items()
-        ]
+        scores = [(0, entry.overall)] + [(1 + tasks.index(task), score) for task, score in entry.tasks.items()]
         places = [group + (index - (len(evaluations) - 1) / 2) * width for group, _ in scores]
         heights = [score.accuracy for _, score in scores]
         hatches = CONTROL_HATCHES if entry.is_control else MODEL_HATCHES

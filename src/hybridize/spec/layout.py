@@ -16,7 +16,11 @@ class LayoutSpec(Spec):
 
     @classmethod
     def replace(
-        cls, num_layers: int, replaced: Iterable[int], mixer: AttentionSpec | Mamba1Spec, place: str = "layers"
+        cls,
+        num_layers: int,
+        replaced: Iterable[int],
+        mixer: AttentionSpec | Mamba1Spec,
+        place: str = "layers",
     ) -> Self:
         """Attention everywhere, but `mixer` in the layers named by `replaced` (0-based).
 

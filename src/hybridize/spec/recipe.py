@@ -114,9 +114,7 @@ def _named(value: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(stages, list):
         return dict(value)
     named = [
-        {"name": stage["kind"]} | stage
-        if isinstance(stage, dict) and isinstance(stage.get("kind"), str)
-        else stage
+        {"name": stage["kind"]} | stage if isinstance(stage, dict) and isinstance(stage.get("kind"), str) else stage
         for stage in stages
     ]
     return dict(value) | {"stages": named}

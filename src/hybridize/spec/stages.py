@@ -210,9 +210,7 @@ class ReportStage(StageSpec):
     title: str | None = None
 
 
-AnyStage = Annotated[
-    RankStage | ConvertStage | DistillStage | EvaluateStage | ReportStage, Field(discriminator="kind")
-]
+AnyStage = Annotated[RankStage | ConvertStage | DistillStage | EvaluateStage | ReportStage, Field(discriminator="kind")]
 
 STAGE_KINDS: dict[str, type[StageSpec]] = {
     "rank": RankStage,

@@ -134,9 +134,7 @@ def _rows_of(stage: DistillStage, rows: PackedRows) -> PackedRows:
 
 def _checkpointing(model: Any, verb: str) -> Any:
     """The model's method that turns gradient checkpointing on or off; transformers renamed it after 5.17."""
-    return getattr(model, f"activation_checkpointing_{verb}", None) or getattr(
-        model, f"gradient_checkpointing_{verb}"
-    )
+    return getattr(model, f"activation_checkpointing_{verb}", None) or getattr(model, f"gradient_checkpointing_{verb}")
 
 
 @contextmanager

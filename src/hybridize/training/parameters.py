@@ -26,9 +26,7 @@ def choose_trainable(student: Any, train: Literal["all", "mixers"], freeze: Sequ
     named = list(student.named_parameters(remove_duplicate=False))
     names = [name for name, _ in named]
     if train == "mixers" and not any(_MIXER in name for name in names):
-        raise ValueError(
-            "train: 'mixers' is asked for, but the student has none; use 'all', or convert layers"
-        )
+        raise ValueError("train: 'mixers' is asked for, but the student has none; use 'all', or convert layers")
     for pattern in freeze:
         if not any(pattern in name for name in names):
             raise ValueError(

@@ -76,9 +76,7 @@ class ConversionPlan:
         return "\n".join(lines)
 
 
-def plan_conversion(
-    config: Any, tensors: Iterable[str], layout: LayoutSpec, init: str = "aligned"
-) -> ConversionPlan:
+def plan_conversion(config: Any, tensors: Iterable[str], layout: LayoutSpec, init: str = "aligned") -> ConversionPlan:
     """Plan a conversion from the teacher's config and its tensors' names alone.
 
     Args:
@@ -145,9 +143,7 @@ def convert(
     return hybrid, plan
 
 
-def replace_layer(
-    hybrid: Any, layer: int, spec: MixerSpec, init: str = "aligned", seed: int = 0
-) -> nn.Module:
+def replace_layer(hybrid: Any, layer: int, spec: MixerSpec, init: str = "aligned", seed: int = 0) -> nn.Module:
     """Replace one attention layer of a hybrid in place by a mixer that starts from it.
 
     Args:
@@ -165,15 +161,11 @@ def replace_layer(
     """
     layers = list(layout_of(hybrid.config).layers)
     if not 0 <= layer < len(layers) or not isinstance(layers[layer], AttentionSpec):
-        raise ValueError(
-            f"layer: {layer} is not an attention layer of the layout {layout_of(hybrid.config)}; use one"
-        )
+        raise ValueError(f"layer: {layer} is not an attention layer of the layout {layout_of(hybrid.config)}; use one")
     layers[layer] = spec
     family = find_family(hybrid.config.model_type)
     prefix = family.attention_path(layer)
-    sources = {
-        f"{prefix}.{name}": tensor for name, tensor in attention_module(hybrid, layer).state_dict().items()
-    }
+    sources = {f"{prefix}.{name}": tensor for name, tensor in attention_module(hybrid, layer).state_dict().items()}
     plan = plan_conversion(hybrid.config, sources, LayoutSpec(layers=tuple(layers)), init).transfers[layer]
     with torch.random.fork_rng(devices=[]):
         old = swap_layer(hybrid, layer, plan.spec)
@@ -181,9 +173,7 @@ def replace_layer(
     return old
 
 
-def _fill(
-    module: nn.Module, plan: TransferPlan, sources: Mapping[str, Tensor], seed: int, layer: int
-) -> None:
+def _fill(module: nn.Module, plan: TransferPlan, sources: Mapping[str, Tensor], seed: int, layer: int) -> None:
     generator = torch.Generator().manual_seed(seed * _LAYER_SEED_STRIDE + layer)
     tensors = plan.apply(sources, generator)
     mixer = module.get_submodule("mixer")

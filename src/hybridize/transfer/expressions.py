@@ -87,9 +87,7 @@ class Stack:
     def evaluate(self, sources: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> Tensor:
         """Concatenate the parts' rows, in the dtype and on the device of what comes from the teacher."""
         tensors = [expression.evaluate(sources, fresh) for _, _, expression in self.parts]
-        taken = [
-            tensor for tensor, (_, _, part) in zip(tensors, self.parts, strict=True) if isinstance(part, Take)
-        ]
+        taken = [tensor for tensor, (_, _, part) in zip(tensors, self.parts, strict=True) if isinstance(part, Take)]
         like = (taken or tensors)[0]
         return torch.cat([tensor.to(like) for tensor in tensors])
 

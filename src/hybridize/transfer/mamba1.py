@@ -65,12 +65,8 @@ def carry_attention(
         ValueError: the mixer's sizes differ from attention's, or N does not divide the head width where
             aligned.
     """
-    _check_width(
-        place, "d_inner", spec.d_inner, geometry.num_heads * geometry.head_dim, "query heads x head width"
-    )
-    _check_width(
-        place, "d_xb", spec.d_xb, geometry.num_kv_heads * geometry.head_dim, "key/value heads x head width"
-    )
+    _check_width(place, "d_inner", spec.d_inner, geometry.num_heads * geometry.head_dim, "query heads x head width")
+    _check_width(place, "d_xb", spec.d_xb, geometry.num_kv_heads * geometry.head_dim, "key/value heads x head width")
     assert spec.d_inner is not None
     assert spec.d_xb is not None
     order: tuple[int, ...] | None = None
@@ -98,9 +94,7 @@ def carry_attention(
 def pairing_note(geometry: AttentionGeometry, spec: Mamba1Spec, aligned: bool) -> str:
     """How many scan heads pair a query slice with the same slice of the teacher's own key/value head."""
     if geometry.head_dim % spec.state_size:
-        return (
-            f"no scan head is aligned: {spec.state_size} states cut across heads of width {geometry.head_dim}"
-        )
+        return f"no scan head is aligned: {spec.state_size} states cut across heads of width {geometry.head_dim}"
     order = aligned_order(geometry, spec.state_size) if aligned else None
     count, total = count_aligned(geometry, spec.state_size, order)
     return f"{count} of {total} scan heads pair the same slice of query, key, value and output"

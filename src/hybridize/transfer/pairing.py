@@ -49,9 +49,7 @@ def aligned_order(geometry: AttentionGeometry, state_size: int) -> tuple[int, ..
     return tuple(order)
 
 
-def count_aligned(
-    geometry: AttentionGeometry, state_size: int, order: tuple[int, ...] | None
-) -> tuple[int, int]:
+def count_aligned(geometry: AttentionGeometry, state_size: int, order: tuple[int, ...] | None) -> tuple[int, int]:
     """Count the aligned scan heads.
 
     Args:
@@ -71,8 +69,6 @@ def count_aligned(
         kv_head, part = divmod(scan_head // geometry.group_size, num_slices)
         channels = order[scan_head * state_size : (scan_head + 1) * state_size]
         head = channels[0] // geometry.head_dim
-        wanted = range(
-            head * geometry.head_dim + part * state_size, head * geometry.head_dim + (part + 1) * state_size
-        )
+        wanted = range(head * geometry.head_dim + part * state_size, head * geometry.head_dim + (part + 1) * state_size)
         aligned += head // geometry.group_size == kv_head and channels == tuple(wanted)
     return aligned, num_scan_heads

@@ -65,9 +65,7 @@ class TransferPlan:
                     fates.setdefault(leaf.source, []).append(entry.target)
         return fates
 
-    def apply(
-        self, sources: Mapping[str, Tensor], generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
+    def apply(self, sources: Mapping[str, Tensor], generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Make the student's tensors.
 
         Args:
@@ -83,9 +81,7 @@ class TransferPlan:
         """
         absent = sorted(set(self.used) - set(sources))
         if absent:
-            raise ValueError(
-                f"{self.prefix}: the teacher's tensors lack {', '.join(absent)}; hand over all of them"
-            )
+            raise ValueError(f"{self.prefix}: the teacher's tensors lack {', '.join(absent)}; hand over all of them")
         fresh = self._fresh(generator)
         made = {}
         for entry in self.entries:
@@ -146,9 +142,7 @@ def plan_transfer(
     """
     choose("init", init, INITS)
     if not isinstance(spec, Mamba1Spec):
-        raise ValueError(
-            f"{place}: a transfer makes a mixer, but the layer is to be {spec.type!r}; leave it out"
-        )
+        raise ValueError(f"{place}: a transfer makes a mixer, but the layer is to be {spec.type!r}; leave it out")
     spec = spec.resolve(geometry)
     names = AttentionTensors(*(f"{source}.{name}.weight" for name in projections))
     weights = (names.q, names.k, names.v, names.o)
@@ -165,9 +159,7 @@ def plan_transfer(
     shapes = mixer_shapes(spec, geometry.hidden_size)
     if expressions.keys() != shapes.keys():
         unaccounted = sorted(expressions.keys() ^ shapes.keys())
-        raise ValueError(
-            f"{place}: no rule accounts for the mixer's tensors {', '.join(unaccounted)}; add one"
-        )
+        raise ValueError(f"{place}: no rule accounts for the mixer's tensors {', '.join(unaccounted)}; add one")
     entries = tuple(Entry(f"{target}.{name}", shape, expressions[name]) for name, shape in shapes.items())
     plan = TransferPlan(spec, geometry.hidden_size, initializer_range, init, target, entries, dropped, note)
     assert set(present) == set(plan.used) | set(plan.dropped)
@@ -191,6 +183,5 @@ def _check_sources(present: Sequence[str], weights: Sequence[str], spec: Mamba1S
     absent = [name for name in weights if name not in present]
     if absent:
         raise ValueError(
-            f"{', '.join(absent)}: not among the teacher's tensors; check the names in "
-            "hybridize/models/families.py"
+            f"{', '.join(absent)}: not among the teacher's tensors; check the names in hybridize/models/families.py"
         )

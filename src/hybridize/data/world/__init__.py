@@ -21,9 +21,7 @@ from hybridize.data.world.problem import (
 )
 from hybridize.spec.base import choose
 
-TASKS: dict[str, Task] = {
-    task.name: task for task in (quantities.TASK, addition.TASK, swaps.TASK, recall.TASK)
-}
+TASKS: dict[str, Task] = {task.name: task for task in (quantities.TASK, addition.TASK, swaps.TASK, recall.TASK)}
 
 
 def draw_problem(task: str, level: int, split: Split, index: int, seed: int = 0) -> Problem:
@@ -60,8 +58,8 @@ def judge(problem: Problem, reply: str) -> Verdict:
         TASKS[problem.task].check_steps(problem, lines)
     except StepError as fault:
         return Verdict(answer_correct=right, steps_correct=False, fault=str(fault))
-    fault = "" if right else f"the answer is {problem.answer!r}, not {answer!r}"
-    return Verdict(answer_correct=right, steps_correct=True, fault=fault)
+    complaint = "" if right else f"the answer is {problem.answer!r}, not {answer!r}"
+    return Verdict(answer_correct=right, steps_correct=True, fault=complaint)
 
 
 __all__ = [

@@ -66,9 +66,7 @@ def draw(rng: Random, level: int) -> Problem:
     num_nodes, num_needed = SIZES[level]
     nodes, values = _graph(rng, num_nodes, num_needed)
     names = rng.sample(_NAMES, num_nodes)
-    definitions = {
-        names[i]: node.sentence([names[p] for p in node.parents]) for i, node in enumerate(nodes)
-    }
+    definitions = {names[i]: node.sentence([names[p] for p in node.parents]) for i, node in enumerate(nodes)}
     statements = [f"{name} are {words}." for name, words in definitions.items()]
     rng.shuffle(statements)
     asked = num_needed - 1
@@ -78,15 +76,20 @@ def draw(rng: Random, level: int) -> Problem:
         question=" ".join(statements) + f" How many {names[asked]}?",
         thinking="\n".join(_steps(nodes, values, names, asked)),
         answer=str(values[asked]),
-        structure=";".join(f"{node.op}{','.join(map(str, node.parents))}" for node in nodes) + f"?{asked}",
+        structure=_canonical(nodes, asked),
         facts={
             "asked": names[asked],
             "definitions": definitions,
-            "formulas": {
-                names[i]: node.formula([names[p] for p in node.parents]) for i, node in enumerate(nodes)
-            },
+            "formulas": {names[i]: node.formula([names[p] for p in node.parents]) for i, node in enumerate(nodes)},
         },
     )
+
+
+def _canonical(nodes: list[_Node], index: int) -> str:
+    """The formula of a quantity down to given ones, without names and numbers; sums in sorted order."""
+    node = nodes[index]
+    parts = sorted(_canonical(nodes, parent) for parent in node.parents)
+    return node.op if not parts else f"{node.op}({','.join(parts)})"
 
 
 def _graph(rng: Random, num_nodes: int, num_needed: int) -> tuple[list[_Node], list[int]]:

@@ -105,9 +105,7 @@ def selective_scan(
 
 def _sizes(x_BLD: Tensor, A_DN: Tensor) -> tuple[int, int, int, int]:
     if x_BLD.ndim != 3 or x_BLD.numel() == 0:
-        raise ValueError(
-            f"x_BLD: shape {tuple(x_BLD.shape)}; pass [batch, length, channels], none of them zero"
-        )
+        raise ValueError(f"x_BLD: shape {tuple(x_BLD.shape)}; pass [batch, length, channels], none of them zero")
     batch, length, num_channels = x_BLD.shape
     if A_DN.ndim != 2 or A_DN.shape[0] != num_channels:
         raise ValueError(f"A_DN: shape {tuple(A_DN.shape)}; pass [{num_channels}, states], as x has channels")
@@ -119,9 +117,7 @@ def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> No
         raise ValueError(f"{name}: shape {tuple(tensor.shape)}; pass {list(shape)}, to go with x and A")
 
 
-def _check_heads(
-    B_BLGN: Tensor, C_BLHN: Tensor, leading: tuple[int, int], num_channels: int, num_states: int
-) -> None:
+def _check_heads(B_BLGN: Tensor, C_BLHN: Tensor, leading: tuple[int, int], num_channels: int, num_states: int) -> None:
     for name, tensor, what in (("B_BLGN", B_BLGN, "groups"), ("C_BLHN", C_BLHN, "heads")):
         if tensor.ndim != 4 or tuple(tensor.shape[:2]) != leading or tensor.shape[3] != num_states:
             expected = f"[{leading[0]}, {leading[1]}, {what}, {num_states}]"

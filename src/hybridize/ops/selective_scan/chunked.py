@@ -261,9 +261,7 @@ class _Scan(torch.autograd.Function):
             torch.mul(dy_heads, inputs.C_BLNH[span].unsqueeze(-1), out=_per_group(grad, num_heads))
             torch.mul(state, dy_BTD.unsqueeze(2), out=product)
             dC_BLNH[span] = _per_group(product, num_heads).sum(dim=-1)
-            carry_BS = _scan_reverse_(
-                decay.flatten(2), grad.flatten(2), total_BKS, dstate_BND[span[0]].flatten(1)
-            )
+            carry_BS = _scan_reverse_(decay.flatten(2), grad.flatten(2), total_BKS, dstate_BND[span[0]].flatten(1))
             dstate_BND[span[0]] = carry_BS.unflatten(1, (num_states, num_channels))
             torch.mul(grad, inputs.drive[span].unsqueeze(2), out=product)
             dB_BLNG[span] = _per_group(product, num_groups).sum(dim=-1)

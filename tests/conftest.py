@@ -1,0 +1,76 @@
+"""A tiny teacher with a world tokenizer, and recipes over it that run in seconds."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory) -> Path:
+    """A random 4-layer Mistral with the pocket teacher's kind of tokenizer."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sys.path.insert(0, str(ROOT / "examples" / "pocket_teacher"))
+    try:
+        from tokenizer import train_tokenizer
+    finally:
+        sys.path.pop(0)
+    tokenizer = train_tokenizer(problems_per_cell=16)
+    torch.manual_seed(0)
+    model = MistralForCausalLM(
+        MistralConfig(
+            vocab_size=576,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            sliding_window=None,
+            initializer_range=0.15,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    folder = tmp_path_factory.mktemp("teacher") / "tiny"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_recipe(tiny_teacher, tmp_path) -> dict:
+    """A whole job, as plain data: rank, convert, distil, judge, report."""
+    return {
+        "name": "tiny",
+        "teacher": str(tiny_teacher),
+        "output": str(tmp_path / "run"),
+        "data": {"source": "world", "levels": [1]},
+        "stages": [
+            {"kind": "rank", "steps": 2, "tokens_per_step": 256, "sequence_length": 256, "heldout_rows": 1},
+            {"kind": "convert", "ranking": "rank", "num_layers": 2},
+            {
+                "kind": "distill",
+                "model": "convert",
+                "steps": 6,
+                "tokens_per_step": 256,
+                "sequence_length": 256,
+                "learning_rate": 1e-3,
+                "save_every": 2,
+            },
+            {
+                "name": "judge-teacher",
+                "kind": "evaluate",
+                "model": "teacher",
+                "level": 1,
+                "problems_per_task": 1,
+            },
+            {"name": "judge", "kind": "evaluate", "model": "distill", "level": 1, "problems_per_task": 1},
+            {"kind": "report"},
+        ],
+    }
