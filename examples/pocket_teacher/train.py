@@ -27,7 +27,7 @@ from transformers import (
 from hybridize.data.chat import render
 from hybridize.data.world import MAX_LEVEL, TASKS, draw_problem
 
-TASK_WEIGHT = {"quantities": 1.8, "addition": 0.5, "swaps": 1.5, "recall": 1.3}
+TASK_WEIGHT = {"quantities": 2.0, "addition": 0.4, "swaps": 2.0, "recall": 0.8}
 LEVEL_WEIGHT = {1: 1.0, 2: 1.2, 3: 1.4, 4: 1.4, 5: 1.0, 6: 0.7, 7: 0.4, 8: 0.2}
 """Share of the trained tokens (not of the problems)."""
 

@@ -1,5 +1,6 @@
 """The command `hybridize`: one short function per verb; everything heavy is imported inside it."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -266,24 +267,28 @@ def _parse_layers(layers: str | None, ranking: Path | None, num: int | None) -> 
 def _plan_table(costs: list[Any], tflops: float) -> Any:
     from rich.table import Table
 
-    table = Table("stage", "what", title=None)
-    for column in ("tokens", "trained", "PFLOP", f"hours at {tflops:g} TFLOP/s"):
+    table = Table("stage", "what")
+    for column in ("tokens", "trained", "operations", f"time at {tflops:g} TFLOP/s"):
         table.add_column(column, justify="right")
-    total = 0.0
     for cost in costs:
-        total += cost.operations
-        hours = cost.operations / (tflops * 1e12) / 3600
         table.add_row(
             cost.name,
             cost.what,
             f"{cost.tokens:,}" if cost.tokens else "",
             f"{cost.trained / 1e6:,.1f}M" if cost.trained else "",
-            f"{cost.operations / 1e15:,.3f}" if cost.operations else "",
-            f"{hours:,.4f}" if cost.operations else "",
+            *(_show_work(cost.operations, tflops) if cost.operations else ("", "")),
         )
     table.add_section()
-    table.add_row("all", "", "", "", f"{total / 1e15:,.3f}", f"{total / (tflops * 1e12) / 3600:,.4f}")
+    table.add_row("all", "", "", "", *_show_work(sum(cost.operations for cost in costs), tflops))
     return table
+
+
+def _show_work(operations: float, tflops: float) -> tuple[str, str]:
+    """Floating-point operations and the time they take, in units a person reads."""
+    unit, name = next((u, n) for u, n in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (0.0, "G")) if operations >= u)
+    seconds = operations / (tflops * 1e12)
+    size, word = next((s, w) for s, w in ((3600.0, "h"), (60.0, "min"), (0.0, "s")) if seconds >= s)
+    return f"{operations / (unit or 1e9):,.1f} {name}FLOP", f"{seconds / (size or 1.0):,.1f} {word}"
 
 
 def _print(renderable: Any) -> None:
@@ -299,13 +304,23 @@ def _remove(folder: Path) -> None:
 
 
 def main() -> None:
-    """Run the command; a user's mistake ends in one clear message and exit code 2."""
+    """Run the command; a user's mistake ends in one clear message and exit code 2.
+
+    With HYBRIDIZE_DEBUG set, errors keep their traceback.
+    """
+    from hybridize.spec.base import StoppedError
+
+    debug = bool(os.environ.get("HYBRIDIZE_DEBUG"))
     try:
         app()
     except (ValueError, ImportError) as error:
+        if debug:
+            raise
         typer.echo(f"hybridize: error: {error}", err=True)
         raise SystemExit(2) from None
-    except RuntimeError as error:
+    except StoppedError as error:
+        if debug:
+            raise
         typer.echo(f"hybridize: stopped: {error}", err=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

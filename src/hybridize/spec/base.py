@@ -14,6 +14,10 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class StoppedError(RuntimeError):
+    """Work was stopped because going on makes no sense; the message says where, why and what to try."""
+
+
 def choose(place: str, value: str, options: Iterable[str]) -> str:
     """Return `value` if it is one of `options`; else raise a `ValueError` naming the nearest ones."""
     known = list(options)

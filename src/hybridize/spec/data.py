@@ -2,9 +2,24 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from hybridize.spec.base import Spec
+from hybridize.spec.base import Spec, choose
+
+TASK_NAMES = ("quantities", "addition", "swaps", "recall")
+"""Tasks of the built-in reasoning world."""
+
+MAX_LEVEL = 8
+"""Its hardest difficulty."""
+
+
+def check_tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names of tasks as they are; raise a `ValueError` on one that does not exist, or on none."""
+    if not tasks:
+        raise ValueError(f"name at least one of {', '.join(TASK_NAMES)}")
+    for position, task in enumerate(tasks):
+        choose(f"tasks[{position}]", task, TASK_NAMES)
+    return tasks
 
 
 class WorldDataSpec(Spec):
@@ -17,17 +32,17 @@ class WorldDataSpec(Spec):
     """
 
     source: Literal["world"] = "world"
-    tasks: tuple[str, ...] = ("quantities", "addition", "swaps", "recall")
+    tasks: Annotated[tuple[str, ...], AfterValidator(check_tasks)] = TASK_NAMES
     levels: tuple[int, ...] = (1, 2, 3)
     seed: int = 0
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.levels or not self.tasks:
-            raise ValueError("levels and tasks must each name at least one")
+        if not self.levels:
+            raise ValueError(f"levels must name at least one of 1..{MAX_LEVEL}")
         for level in self.levels:
-            if not 1 <= level <= 8:
-                raise ValueError(f"levels: {level} is out of range; use 1..8")
+            if not 1 <= level <= MAX_LEVEL:
+                raise ValueError(f"levels: {level} is out of range; use 1..{MAX_LEVEL}")
         return self
 
 

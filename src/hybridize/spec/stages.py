@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from hybridize.spec.base import Spec
+from hybridize.spec.data import MAX_LEVEL, TASK_NAMES, check_tasks
 from hybridize.spec.mixers import AttentionSpec, Mamba1Spec, MixerSpec, parse_mixer
 
 Init = Literal["aligned", "published", "random"]
@@ -190,8 +191,8 @@ class EvaluateStage(StageSpec):
 
     kind: Literal["evaluate"] = "evaluate"
     model: str
-    tasks: tuple[str, ...] = ("quantities", "addition", "swaps", "recall")
-    level: int = Field(default=2, ge=1, le=8)
+    tasks: Annotated[tuple[str, ...], AfterValidator(check_tasks)] = TASK_NAMES
+    level: int = Field(default=2, ge=1, le=MAX_LEVEL)
     problems_per_task: int = Field(default=250, gt=0)
     batch_size: int = Field(default=64, gt=0)
     label: str | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hybridize.data.packing import PackedRows
+from hybridize.spec.base import StoppedError
 from hybridize.spec.stages import DistillStage
 from hybridize.training.checkpoints import CHECKPOINTS, keep_last, last_checkpoint, mark_complete
 from hybridize.training.divergence import batch_divergence
@@ -21,7 +22,7 @@ from hybridize.training.parameters import decays
 OnLog = Callable[[dict[str, Any], int], None]
 
 
-class DivergedError(RuntimeError):
+class DivergedError(StoppedError):
     """The loss, the gradients or the weights are no longer finite; the message says where and what to try."""
 
 

@@ -9,7 +9,6 @@ from random import Random
 
 from hybridize.data.world import addition, quantities, recall, swaps
 from hybridize.data.world.problem import (
-    MAX_LEVEL,
     Problem,
     Split,
     StepError,
@@ -20,8 +19,10 @@ from hybridize.data.world.problem import (
     split_of,
 )
 from hybridize.spec.base import choose
+from hybridize.spec.data import MAX_LEVEL, TASK_NAMES
 
 TASKS: dict[str, Task] = {task.name: task for task in (quantities.TASK, addition.TASK, swaps.TASK, recall.TASK)}
+assert tuple(TASKS) == TASK_NAMES, "spec and world must name the same tasks"
 
 
 def draw_problem(task: str, level: int, split: Split, index: int, seed: int = 0) -> Problem:

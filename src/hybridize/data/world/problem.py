@@ -11,8 +11,6 @@ Split = Literal["train", "test"]
 TEST_FRACTION = 1 / 8
 """Share of all problem structures that belong to the test split."""
 
-MAX_LEVEL = 8
-
 
 @dataclass(frozen=True)
 class Problem:
