@@ -1,11 +1,14 @@
 """The command: every verb works, --help is quick, and mistakes end in one clear message."""
 
+import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from hybridize import cli
 
@@ -69,6 +72,12 @@ def test_convert_without_layers_is_the_teacher_bit_for_bit(capsys, tiny_teacher,
         (["--layers", "x"], "--layers: 'x' is no list of numbers"),
         (["--layers", "1", "--init", "alined"], "did you mean 'aligned'?"),
         ([], "say which layers"),
+        (["--layers", "1", "--num", "2"], "--num: goes with --ranking only"),
+        (
+            ["--layers", "1", "--mixer", "{type: mamba1, state_sise: 8}"],
+            "--mixer.state_sise: unknown key; did you mean",
+        ),
+        (["--layers", "1", "--mixer", "attention"], "--mixer: 'attention' is unknown; use one of mamba1"),
     ],
 )
 def test_convert_mistakes_are_named(capsys, tiny_teacher, tmp_path, words, message):
@@ -106,3 +115,183 @@ def test_recipe_mistakes_are_named(capsys, tmp_path):
     code, _, error = hybridize(capsys, "run", recipe)
     assert code == 2
     assert "recipe.stages[0].stepz: unknown key; did you mean 'steps'?" in error
+
+
+SMALL = ["--tokens-per-step", 256, "--sequence-length", 256]
+
+
+@pytest.fixture
+def hybrid(capsys, tiny_teacher, tmp_path) -> Path:
+    assert hybridize(capsys, "convert", tiny_teacher, tmp_path / "hybrid", "--layers", "1")[0] == 0
+    return tmp_path / "hybrid"
+
+
+@pytest.fixture
+def mute_teacher(tiny_teacher, tmp_path) -> Path:
+    """A teacher whose tokenizer has no chat template."""
+    shutil.copytree(tiny_teacher, tmp_path / "mute")
+    (tmp_path / "mute" / "chat_template.jinja").unlink()
+    return tmp_path / "mute"
+
+
+def test_convert_takes_sizes_of_the_mixer(capsys, tiny_teacher, tmp_path):
+    words = ["--layers", "1", "--mixer", "{type: mamba1, state_size: 8}"]
+    assert hybridize(capsys, "convert", tiny_teacher, tmp_path / "out", *words)[0] == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["mixers"][1]["state_size"] == 8
+
+
+def test_convert_refuses_another_models_ranking(capsys, tiny_teacher, tmp_path):
+    orders = {"layers": [0, 1], "order": [1, 0]}
+    ranking = {"format": "hybridize.ranking/1", "num_layers": 2, "mixer": {"type": "mamba1"}, "unit": "", **orders}
+    ranking |= {"method": "random", "scores": None, "before": None, "settings": {}, "cost": {}}
+    ranking["controls"] = {name: {"method": name, **orders} for name in ("uniform", "random")}
+    (tmp_path / "ranking.json").write_text(json.dumps(ranking))
+    words = ["--ranking", tmp_path / "ranking.json", "--num", 1]
+    code, _, error = hybridize(capsys, "convert", tiny_teacher, tmp_path / "out", *words)
+    assert code == 2
+    assert "ranks a model of 2 layers" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "qwen3"])
+def test_families_not_in_the_table_are_named(capsys, tiny_teacher, tmp_path, model_type):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_teacher, other)
+    config = json.loads((other / "config.json").read_text()) | {"model_type": model_type}
+    (other / "config.json").write_text(json.dumps(config))
+    for words in (
+        ["convert", other, tmp_path / "out", "--layers", "1"],
+        ["rank", other, "--out", tmp_path / "out", "--steps", 1, *SMALL],
+        ["evaluate", other, "--problems", 1],
+    ):
+        code, _, error = hybridize(capsys, *words)
+        assert code == 2
+        assert f"the model family {model_type!r} is not in the table; use a model of one of llama, mistral" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_missing_chat_template_is_named(capsys, mute_teacher, hybrid, tmp_path):
+    for words in (
+        ["rank", mute_teacher, "--out", tmp_path / "out", "--steps", 1, *SMALL],
+        ["distill", hybrid, mute_teacher, tmp_path / "out", "--steps", 1, *SMALL],
+        ["evaluate", mute_teacher, "--problems", 1],
+    ):
+        code, _, error = hybridize(capsys, *words)
+        assert code == 2
+        assert "has no chat template; set tokenizer.chat_template" in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hybrid", "mute"]
+
+
+def test_evaluate_names_a_folder_that_is_not_there(capsys, tmp_path):
+    code, _, error = hybridize(capsys, "evaluate", tmp_path / "nothing")
+    assert code == 2
+    assert "there is no such folder; check the path" in error
+
+
+def test_evaluate_overwrites_no_file_and_says_so_first(capsys, tiny_teacher, tmp_path):
+    (tmp_path / "scores.json").write_text("precious")
+    code, out, error = hybridize(capsys, "evaluate", tiny_teacher, "--problems", 1, "--out", tmp_path / "scores.json")
+    assert code == 2
+    assert "exists already" in error
+    assert not out
+    assert (tmp_path / "scores.json").read_text() == "precious"
+
+
+def test_distill_names_a_malformed_row_and_makes_nothing(capsys, hybrid, tiny_teacher, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "1 + 1?"}\n')
+    words = ["--steps", 1, *SMALL, "--data", tmp_path / "bad.jsonl"]
+    code, _, error = hybridize(capsys, "distill", hybrid, tiny_teacher, tmp_path / "out", *words)
+    assert code == 2
+    assert "bad.jsonl:1: completion missing" in error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.jsonl", "hybrid"]
+
+
+def test_distill_of_another_student_does_not_stand(capsys, hybrid, tiny_teacher, tmp_path):
+    words = ["distill", hybrid, tiny_teacher, tmp_path / "out", "--steps", 1, *SMALL]
+    assert hybridize(capsys, *words)[0] == 0
+    assert "stands, skipped" in hybridize(capsys, *words)[2]
+    shutil.rmtree(hybrid)
+    assert hybridize(capsys, "convert", tiny_teacher, hybrid, "--layers", "1", "--init", "random")[0] == 0
+    code, _, error = hybridize(capsys, *words)  # files of the very same names and sizes
+    assert code == 2
+    assert "exists already" in error
+
+
+def test_a_loss_that_turns_nan_stops_and_keeps_the_checkpoint(capsys, hybrid, tiny_teacher, tmp_path, monkeypatch):
+    from hybridize.training import trainer
+
+    real = trainer.batch_divergence
+    calls = []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) > 3 else 1)
+
+    monkeypatch.setattr(trainer, "batch_divergence", poisoned)
+    words = ["distill", hybrid, tiny_teacher, tmp_path / "out", "--steps", 6, *SMALL, "--save-every", 2]
+    code, _, error = hybridize(capsys, *words)
+    checkpoint = tmp_path / ".out.partial" / "checkpoints" / "checkpoint-2"
+    assert code == 1
+    assert "step 4 of 6: the loss is nan" in error
+    assert f"the last good checkpoint is {checkpoint}" in error
+    assert not (tmp_path / "out").exists()
+    code, _, error = hybridize(capsys, *words, "--learning-rate", 1e-6)
+    assert code == 2
+    assert "it holds the unfinished work" in error
+    assert (checkpoint / "complete.json").is_file()
+
+
+def test_rank_names_the_layer_whose_loss_turns_nan(capsys, tiny_teacher, tmp_path):
+    words = ["--steps", 6, *SMALL, "--learning-rate", 1e30]
+    code, _, error = hybridize(capsys, "rank", tiny_teacher, "--out", tmp_path / "ranking.json", *words)
+    assert code == 2
+    assert "layer 0: the loss is nan at step 2; lower learning_rate (now 1e+30)" in error
+    assert not (tmp_path / "ranking.json").exists()
+
+
+@pytest.mark.parametrize(
+    "full", [SafetensorError("Error while serializing: I/O error: No space left"), OSError(28, "No space left")]
+)
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(capsys, tiny_teacher, tmp_path, monkeypatch, full):
+    from transformers import PreTrainedModel
+
+    def fail(*_, **__):
+        raise full
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fail)
+    code, _, error = hybridize(capsys, "convert", tiny_teacher, tmp_path / "out", "--layers", "1")
+    assert code == 1
+    assert f"{tmp_path / 'out'}: No space left; make room" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_named(capsys, tiny_teacher, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for words in (
+        ["convert", tiny_teacher, tmp_path / "file" / "out", "--layers", "1"],
+        ["rank", tiny_teacher, "--out", tmp_path / "file" / "out", "--steps", 1, *SMALL],
+    ):
+        code, _, error = hybridize(capsys, *words)
+        assert code == 2
+        assert f"{tmp_path / 'file'}" in error
+        assert "check the path" in error
+
+
+def test_ctrl_c_says_how_to_go_on(capsys, tiny_teacher, tmp_path, monkeypatch):
+    from hybridize.models import checkpoint
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_hybrid", interrupt)
+    code, _, error = hybridize(capsys, "convert", tiny_teacher, tmp_path / "out", "--layers", "1")
+    assert code == 130
+    assert "interrupted; the same command goes on" in error
+    assert "Traceback" not in error
+
+
+def test_plan_names_a_layer_out_of_range(capsys, tiny_teacher, tmp_path):
+    (tmp_path / "r.yaml").write_text(f"name: r\nteacher: {tiny_teacher}\nstages:\n- {{kind: convert, layers: [9]}}\n")
+    code, _, error = hybridize(capsys, "plan", tmp_path / "r.yaml")
+    assert code == 2
+    assert "recipe.stages[0].layers[0]: the teacher has no layer 9; it has 4, use 0..3" in error

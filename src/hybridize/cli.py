@@ -21,7 +21,9 @@ _DataOption = Annotated[
     Path | None,
     typer.Option("--data", help="Chats to train on, JSON lines; default: the built-in reasoning world."),
 ]
-_MixerOption = Annotated[str, typer.Option(help="What replaces attention: mamba1 (the paper's).")]
+_MixerOption = Annotated[
+    str, typer.Option(help="What replaces attention: mamba1 (the paper's), or e.g. '{type: mamba1, state_size: 8}'.")
+]
 _InitOption = Annotated[str, typer.Option(help="How a mixer starts: aligned, published (the paper's MIL) or random.")]
 _SeedOption = Annotated[int, typer.Option(help="Of data and random draws.")]
 
@@ -50,9 +52,11 @@ def plan(
 ) -> None:
     """Say what a recipe would do and cost; trains nothing, loads no model."""
     from hybridize.pipeline.planning import TeacherShape, plan_recipe, read_teacher_config
+    from hybridize.pipeline.runner import check_against_teacher
     from hybridize.spec.recipe import load_recipe
 
     spec = load_recipe(recipe)
+    check_against_teacher(spec)
     config = read_teacher_config(spec.teacher)
     if config is None:
         raise ValueError(f"teacher: {spec.teacher} is on the hub; download it first, a plan reads its config.json")
@@ -78,16 +82,15 @@ def rank(
     seed: _SeedOption = 0,
 ) -> None:
     """Rank a teacher's attention layers, least important first, with the controls beside it."""
-    from hybridize.pipeline.artifacts import write_text
+    from hybridize.pipeline.artifacts import write_text, writing
     from hybridize.pipeline.stages import RANKING_FILE
 
-    if out.exists():
-        raise ValueError(f"{out}: it exists already and nothing is overwritten; remove it or give another name")
+    _check_new_file(out)
     stage = _stage(
         "rank",
         name="rank",
         method=method,
-        mixer=mixer,
+        mixer=_read_mixer(mixer),
         init=init,
         steps=steps,
         tokens_per_step=tokens_per_step,
@@ -97,8 +100,8 @@ def rank(
     )
     work = out.parent / f".{out.name}.work"
     artifact = _run_alone(stage, teacher, data, work)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, (artifact.folder / RANKING_FILE).read_text())
+    with writing(out):
+        write_text(out, (artifact.folder / RANKING_FILE).read_text())
     _remove(work)
     typer.echo(f"ranking: {out}")
 
@@ -117,20 +120,29 @@ def convert(
 ) -> None:
     """Replace attention layers by mixers that start from the attention's own weights."""
     from hybridize.models import check_output, load_teacher, save_hybrid
+    from hybridize.pipeline.artifacts import writing
+    from hybridize.pipeline.progress import quiet_libraries
     from hybridize.pipeline.stages import load_tokenizer
     from hybridize.spec.base import choose
     from hybridize.spec.layout import LayoutSpec
-    from hybridize.spec.mixers import MIXER_TYPES, parse_mixer
     from hybridize.transfer import convert as convert_model
 
+    quiet_libraries()
     choose("--init", init, ("aligned", "published", "random"))
-    spec = parse_mixer(choose("--mixer", mixer, [name for name in MIXER_TYPES if name != "attention"]), "--mixer")
+    spec = _read_mixer(mixer)
     check_output(out)
-    chosen = _parse_layers(layers, ranking, num)
+    chosen, num_ranked = _parse_layers(layers, ranking, num)
     model = load_teacher(teacher)
-    layout = LayoutSpec.replace(model.config.num_hidden_layers, chosen, spec, "--layers")
+    num_layers = model.config.num_hidden_layers
+    if num_ranked not in (None, num_layers):
+        raise ValueError(
+            f"--ranking: {ranking} ranks a model of {num_ranked} layers, but {teacher} has {num_layers}; give its own"
+        )
+    layout = LayoutSpec.replace(num_layers, chosen, spec, "--layers")
     hybrid, plan = convert_model(model, layout, init, seed, share=True)
-    save_hybrid(hybrid, load_tokenizer(teacher), out)
+    tokenizer = load_tokenizer(teacher)
+    with writing(out):
+        save_hybrid(hybrid, tokenizer, out)
     typer.echo(str(plan) if explain else f"{out}: layout {plan.layout}, init {init}; --explain lists every tensor")
 
 
@@ -151,11 +163,12 @@ def distill(
     seed: _SeedOption = 0,
 ) -> None:
     """Train a hybrid to follow its teacher, token by token."""
-    from hybridize.pipeline.artifacts import Artifact
+    from hybridize.pipeline.artifacts import Artifact, fingerprint_model
+    from hybridize.pipeline.stages import check_checkpoint
 
     stage = _stage(
         "distill",
-        name=out.name,
+        name="distill",
         model="student",
         steps=steps,
         tokens_per_step=tokens_per_step,
@@ -167,8 +180,11 @@ def distill(
         save_every=save_every,
         seed=seed,
     )
-    files = {file.name: {"bytes": file.stat().st_size} for file in sorted(student.glob("*")) if file.is_file()}
-    _run_alone(stage, teacher, data, out, {"student": Artifact(student, {"files": files})})
+    if not student.is_dir():
+        raise ValueError(f"{student}: there is no such folder; give the folder of a hybrid that was converted")
+    check_checkpoint(str(student))
+    print_of_student = fingerprint_model(student, whole=True)
+    _run_alone(stage, teacher, data, out, {"student": Artifact(student, {"files": print_of_student})})
     typer.echo(f"distilled: {out}")
 
 
@@ -185,11 +201,14 @@ def evaluate(
     import json
 
     from hybridize.data.world import TASKS
-    from hybridize.pipeline.artifacts import write_text
-    from hybridize.pipeline.progress import Reporter
+    from hybridize.pipeline.artifacts import write_text, writing
+    from hybridize.pipeline.progress import Reporter, quiet_libraries
     from hybridize.pipeline.stages import evaluate_model
     from hybridize.spec.base import choose
 
+    quiet_libraries()
+    if out:
+        _check_new_file(out)
     names = tuple(choose("--tasks", name.strip(), TASKS) for name in tasks.split(","))
     stage = _stage(
         "evaluate",
@@ -207,7 +226,8 @@ def evaluate(
             f"[{score['low']:.1%}, {score['high']:.1%}]  by right steps {score['steps_correct']}"
         )
     if out:
-        write_text(out, json.dumps(summary, indent=1))
+        with writing(out):
+            write_text(out, json.dumps(summary, indent=1))
 
 
 @app.command()
@@ -246,14 +266,48 @@ def _run_alone(stage: Any, teacher: str, data: Path | None, out: Path, inputs: d
     return run_stage(stage, job, out, fingerprint_model(teacher), fingerprint_data(source))
 
 
-def _parse_layers(layers: str | None, ranking: Path | None, num: int | None) -> tuple[int, ...]:
+def _check_new_file(out: Path) -> None:
+    """Find out that a file cannot be written before the work is done, not after."""
+    from hybridize.pipeline.artifacts import writing
+
+    if out.exists():
+        raise ValueError(f"{out}: it exists already and nothing is overwritten; remove it or give another name")
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        probe = out.with_name(f".{out.name}.tmp")
+        probe.touch()
+        probe.unlink()
+
+
+def _read_mixer(text: str) -> Any:
+    """A mixer by its name, or as a mapping with its sizes."""
+    import yaml
+
+    from hybridize.spec.base import choose
+    from hybridize.spec.mixers import MIXER_TYPES, parse_mixer
+
+    value: Any = text
+    if text.lstrip().startswith("{"):
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"--mixer: {text!r} is no mapping; write e.g. '{{type: mamba1, state_size: 8}}'") from None
+    kind = value.get("type") if isinstance(value, dict) else value
+    choose("--mixer", str(kind), [name for name in MIXER_TYPES if name != "attention"])
+    return parse_mixer(value, "--mixer")
+
+
+def _parse_layers(layers: str | None, ranking: Path | None, num: int | None) -> tuple[tuple[int, ...], int | None]:
+    """The layers to replace, and of a ranking, how many layers its model has."""
     if (layers is None) == (ranking is None):
         raise ValueError("convert: say which layers, by --layers 3,5,6 (or none), or by --ranking FILE --num N")
     if layers is not None:
+        if num is not None:
+            raise ValueError("--num: goes with --ranking only; leave it out")
         if layers.strip() == "none":
-            return ()
+            return (), None
         try:
-            return tuple(int(part) for part in layers.split(","))
+            return tuple(int(part) for part in layers.split(",")), None
         except ValueError:
             raise ValueError(f"--layers: {layers!r} is no list of numbers; write 3,5,6 or none") from None
     from hybridize.importance import load_ranking
@@ -261,7 +315,8 @@ def _parse_layers(layers: str | None, ranking: Path | None, num: int | None) -> 
     if num is None:
         raise ValueError("--num: say how many layers of the ranking to replace")
     assert ranking is not None
-    return load_ranking(ranking).choose(num, "--num")
+    ranked = load_ranking(ranking)
+    return ranked.choose(num, "--num"), ranked.num_layers
 
 
 def _plan_table(costs: list[Any], tflops: float) -> Any:
@@ -313,16 +368,25 @@ def main() -> None:
     debug = bool(os.environ.get("HYBRIDIZE_DEBUG"))
     try:
         app()
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError, StoppedError) as error:
         if debug:
             raise
-        typer.echo(f"hybridize: error: {error}", err=True)
-        raise SystemExit(2) from None
-    except StoppedError as error:
-        if debug:
+        stopped = isinstance(error, StoppedError)
+        typer.echo(f"hybridize: {'stopped' if stopped else 'error'}: {_message(error)}", err=True)
+        raise SystemExit(1 if stopped else 2) from None
+    except RuntimeError as error:
+        if debug or type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its name
             raise
-        typer.echo(f"hybridize: stopped: {error}", err=True)
+        remedy = "use smaller batches (rows_per_batch, batch_size) or a shorter sequence_length"
+        typer.echo(f"hybridize: stopped: {str(error).splitlines()[0]} {remedy}; the same command goes on", err=True)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("hybridize: interrupted; the same command goes on from here", err=True)
-        raise SystemExit(130) from None
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C
+            typer.echo("hybridize: interrupted; the same command goes on from what is finished", err=True)
+        raise
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'the system'}: {error.strerror}; check the path and its permissions"
+    return str(error)

@@ -12,8 +12,12 @@ import pytest
 import yaml
 
 from hybridize.pipeline.progress import Reporter
+from hybridize.pipeline.reporting import collect, rewrite_report
 from hybridize.pipeline.runner import run_recipe
+from hybridize.pipeline.stages import spec_for_key, to_dtype
+from hybridize.report import console_summary
 from hybridize.spec.recipe import parse_recipe
+from hybridize.spec.stages import DistillStage
 
 QUIET = Reporter(quiet=True)
 
@@ -53,6 +57,66 @@ def test_run_again_skips_all_and_a_changed_stage_reruns_only_what_depends_on_it(
         and first[n].manifest["key"] == changed[n].manifest["key"]
     }
     assert same == {"rank", "convert", "judge-teacher"}
+
+
+def test_report_written_anew_stands_in_the_next_run(tiny_recipe):
+    run_recipe(parse_recipe(tiny_recipe), QUIET)
+    run = Path(tiny_recipe["output"])
+    assert rewrite_report(run) == run / "report" / "report.html"
+    created = {p: p.stat().st_mtime_ns for p in (run / "report").iterdir()}
+    run_recipe(parse_recipe(tiny_recipe), QUIET)
+    assert {p: p.stat().st_mtime_ns for p in (run / "report").iterdir()} == created
+
+
+def test_report_of_a_run_that_has_just_begun(tiny_recipe):
+    tiny_recipe["stages"] = tiny_recipe["stages"][:1]
+    recipe = parse_recipe(tiny_recipe)
+    artifacts = run_recipe(recipe, QUIET)
+    assert rewrite_report(Path(tiny_recipe["output"])).is_file()
+    console_summary(collect(recipe, artifacts))  # what the command prints in the end
+
+
+def test_report_leaves_out_what_older_settings_made(tiny_recipe):
+    run_recipe(parse_recipe(tiny_recipe), QUIET)
+    run = Path(tiny_recipe["output"])
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["stages"][2]["learning_rate"] = 5e-4  # as if the changed recipe had been killed in its second stage
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    rewrite_report(run)
+    inputs = json.loads((run / "report" / "manifest.json").read_text())["inputs"]
+    assert sorted(inputs) == ["convert", "judge-teacher", "rank"]
+
+
+def test_report_names_a_damaged_recipe(tmp_path):
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(ValueError, match=r"recipe\.json: it is damaged.*run the recipe again"):
+        rewrite_report(tmp_path)
+
+
+def test_smaller_batches_do_not_cost_the_work_done():
+    stages = [{"rows_per_batch": 2}, {"gradient_checkpointing": True, "save_every": 3}, {}]
+    specs = [DistillStage(name="d", model="m", steps=1, tokens_per_step=64, sequence_length=32, **s) for s in stages]
+    assert spec_for_key(specs[0]) == spec_for_key(specs[1]) == spec_for_key(specs[2])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_to_dtype_keeps_ties_and_what_a_mixer_needs_in_fp32(tiny_teacher, tied):
+    import torch
+
+    from hybridize.models import load_teacher
+    from hybridize.spec.layout import LayoutSpec
+    from hybridize.spec.mixers import Mamba1Spec
+    from hybridize.transfer import convert
+
+    teacher = load_teacher(tiny_teacher)
+    if tied:
+        teacher.config.tie_word_embeddings = True
+        teacher.tie_weights()
+    hybrid, _ = convert(teacher, LayoutSpec.replace(4, [1], Mamba1Spec()))
+    to_dtype(hybrid, torch.bfloat16)
+    kept = {name.rpartition("mixer.")[2] for name, p in hybrid.named_parameters() if p.dtype == torch.float32}
+    assert kept == {"A_log", "D", "dt_proj.bias"}
+    assert (hybrid.lm_head.weight is hybrid.model.embed_tokens.weight) == tied
 
 
 def test_run_names_a_truncated_artifact(tiny_recipe):
@@ -120,3 +184,12 @@ def test_run_refuses_an_explicit_layer_out_of_range(tiny_recipe):
     tiny_recipe["stages"][1] = {"kind": "convert", "layers": [1, 24]}
     with pytest.raises(ValueError, match=r"recipe\.stages\[1\]\.layers\[1\]: the teacher has no layer 24.*0\.\.3"):
         run_recipe(parse_recipe(tiny_recipe), QUIET)
+
+
+def test_run_leaves_alone_what_no_stage_made_and_says_so_first(tiny_recipe):
+    mine = Path(tiny_recipe["output"]) / "convert" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    with pytest.raises(ValueError, match=r"convert: it has no manifest\.json.*left alone"):
+        run_recipe(parse_recipe(tiny_recipe), QUIET)
+    assert [p for p in Path(tiny_recipe["output"]).rglob("*") if p.is_file()] == [mine]

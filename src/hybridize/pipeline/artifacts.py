@@ -1,21 +1,27 @@
 """Folders that stages leave behind: whole or not at all, with a manifest that says what they came from."""
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hybridize.spec.base import StoppedError
+
 FORMAT = "hybridize.manifest/1"
 MANIFEST = "manifest.json"
 _KEY_FILE = "stage.key"
 _LIBRARIES = ("hybridize", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors", "numpy")
-_EDGE_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 16
+_NUM_BLOCKS = 512
+_WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -46,18 +52,22 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def fingerprint_model(path: str) -> str:
-    """What identifies a teacher: its name on the hub, or the content of its folder.
+def fingerprint_model(path: str | Path, *, whole: bool = False) -> str:
+    """What identifies a model: its name on the hub, or the content of its folder.
 
-    Of a weight file, size and the first and last megabyte are hashed, so that a large teacher costs no minute.
+    Args:
+        path: folder or name.
+        whole: hash every byte; otherwise, of a large weight file, its size and 512 blocks spread over it, so that a
+            large teacher costs no minute.
     """
     folder = Path(path)
     if not folder.is_dir():
         return f"hub:{path}"
     parts = []
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt") and file.is_file():
-            parts.append([file.name, file.stat().st_size, _edges(file)])
+        known = file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt") and file.name != MANIFEST
+        if known and file.is_file():
+            parts.append([file.name, file.stat().st_size, fingerprint_file(file) if whole else _sample(file)])
     return digest_of(parts)
 
 
@@ -123,57 +133,159 @@ def make_artifact(
         replace: whether an older artifact of that name may be replaced.
 
     Raises:
-        ValueError: the folder exists and may not be replaced.
+        ValueError: the folder exists and may not be replaced, or is no artifact; or unfinished work of another key,
+            with something in `scratch`, would be lost and `replace` is not given.
+        StoppedError: the disk is full or cannot be written.
     """
-    if folder.exists() and not replace and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder}: it exists already and nothing is overwritten; remove it or give another folder")
+    check_target(folder, replace)
     partial = folder.parent / f".{folder.name}.partial"
     key_file = partial / _KEY_FILE
-    if partial.exists() and (not key_file.is_file() or key_file.read_text() != key):
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
-    write_text(key_file, key)
-    started = time.perf_counter()
-    metrics = work(partial)
+    scratch = tuple(scratch)
+    with writing(folder):
+        finished = _read_finished(partial, key)
+        if finished is not None:
+            return _publish(partial, folder, finished, scratch)
+        if partial.exists() and (not key_file.is_file() or key_file.read_text() != key):
+            _check_leftovers(partial, scratch, replace)
+            shutil.rmtree(partial)
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            write_text(key_file, key)
+            started = time.perf_counter()
+            metrics = work(partial)
+        except BaseException:
+            _remove_if_hollow(partial)
+            raise
+        files = {
+            str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": fingerprint_file(file)}
+            for file in sorted(partial.rglob("*"))
+            if file.is_file() and _belongs(file.relative_to(partial), scratch)
+        }
+        manifest = {
+            "format": FORMAT,
+            "kind": kind,
+            "key": key,
+            "spec": dict(spec),
+            "inputs": dict(inputs),
+            "files": files,
+            "metrics": dict(metrics),
+            "seconds": time.perf_counter() - started,
+            "created": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "versions": library_versions(),
+        }
+        # Once the manifest is there, the work is done: a call killed from here on is finished by the next.
+        write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
+        return _publish(partial, folder, manifest, scratch)
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn the many ways in which writing to a disk fails into one message.
+
+    Raises:
+        StoppedError: names the file or `place`, the system's reason and the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _WRITE_ERRORS:
+            raise
+        raise StoppedError(_explain_write(error.filename or place, error.strerror)) from error
+    except Exception as error:
+        text = str(error)
+        if type(error).__name__ == "SafetensorError" and "I/O error" in text:
+            raise StoppedError(_explain_write(place, text.partition("I/O error: ")[2] or text)) from error
+        if isinstance(error, RuntimeError) and ("inline_container" in text or "PytorchStreamWriter" in text):
+            free = f"{shutil.disk_usage(_existing(place)).free / 1e6:,.1f} MB are free"
+            raise StoppedError(_explain_write(place, f"writing a checkpoint failed, {free}")) from error
+        raise
+
+
+def _explain_write(place: object, reason: object) -> str:
+    return (
+        f"{place}: {reason}; make room, or see that it may be written to, and give the same command again: "
+        "what was finished is kept"
+    )
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def check_target(folder: Path, replace: bool) -> None:
+    """Raise a `ValueError` if a result cannot go to a folder without harm to what is there.
+
+    Args:
+        folder: where to.
+        replace: whether an older result of a stage may be replaced; anything else never is.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not replace:
+        raise ValueError(f"{folder}: it exists already and nothing is overwritten; remove it or give another folder")
+    if not (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"{folder}: it has no {MANIFEST}, so it is not the result of a stage, and is left alone; move it away, or "
+            "give the stage another name or the recipe another output"
+        )
+
+
+def _check_leftovers(partial: Path, scratch: Iterable[str], replace: bool) -> None:
+    """Refuse to throw away checkpoints, but where a changed recipe asks for it."""
+    kept = [name for name in scratch if (partial / name).is_dir() and any((partial / name).iterdir())]
+    if kept and not replace:
+        raise ValueError(
+            f"{partial}: it holds the unfinished work ({', '.join(kept)}) of a call with other settings, data or "
+            "models; give that call again to go on with it, or remove the folder to start afresh"
+        )
+
+
+def _read_finished(partial: Path, key: str) -> Mapping[str, Any] | None:
+    """The manifest of work that was done, but killed before it got its name."""
+    try:
+        finished = read_artifact(partial, key)
+    except ValueError:
+        (partial / MANIFEST).unlink()
+        return None
+    return finished.manifest if finished else None
+
+
+def _publish(partial: Path, folder: Path, manifest: Mapping[str, Any], scratch: Iterable[str]) -> Artifact:
     for name in (*scratch, _KEY_FILE):
         _remove(partial / name)
-    files = {
-        str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": fingerprint_file(file)}
-        for file in sorted(partial.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
-    }
-    manifest = {
-        "format": FORMAT,
-        "kind": kind,
-        "key": key,
-        "spec": dict(spec),
-        "inputs": dict(inputs),
-        "files": files,
-        "metrics": dict(metrics),
-        "seconds": time.perf_counter() - started,
-        "created": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "versions": library_versions(),
-    }
-    write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
+    old = folder.parent / f".{folder.name}.old"
     if folder.exists():
-        old = folder.parent / f".{folder.name}.old"
         _remove(old)
         folder.rename(old)
-        partial.rename(folder)
-        _remove(old)
-    else:
-        partial.rename(folder)
+    partial.rename(folder)
+    _remove(old)
     return Artifact(folder, manifest)
+
+
+def _belongs(name: Path, scratch: Iterable[str]) -> bool:
+    return name.parts[0] not in (*scratch, _KEY_FILE, MANIFEST)
+
+
+def _remove_if_hollow(partial: Path) -> None:
+    """Leave no trace of a call that failed before it made anything."""
+    with suppress(OSError):
+        if not any(file.is_file() and _KEY_FILE not in file.name for file in partial.rglob("*")):
+            shutil.rmtree(partial)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name, then rename it: a reader sees the old content or the new."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def library_versions() -> dict[str, str]:
@@ -187,13 +299,16 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def _edges(file: Path) -> str:
+def _sample(file: Path) -> str:
+    """Hash blocks spread evenly over a file, all of it if it is small."""
     size = file.stat().st_size
+    if size <= _NUM_BLOCKS * _BLOCK_BYTES:
+        return fingerprint_file(file)
+    digest = hashlib.sha256()
     with file.open("rb") as stream:
-        digest = hashlib.sha256(stream.read(_EDGE_BYTES))
-        if size > _EDGE_BYTES:
-            stream.seek(max(_EDGE_BYTES, size - _EDGE_BYTES))
-            digest.update(stream.read())
+        for block in range(_NUM_BLOCKS):
+            stream.seek(block * (size - _BLOCK_BYTES) // (_NUM_BLOCKS - 1))
+            digest.update(stream.read(_BLOCK_BYTES))
     return digest.hexdigest()
 
 

@@ -30,7 +30,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print a line."""
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str) -> Iterator[Advance]:

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from hybridize.importance import load_ranking
-from hybridize.pipeline.artifacts import MANIFEST, Artifact, library_versions, read_artifact
-from hybridize.pipeline.stages import METRICS_FILE, RANKING_FILE
+from hybridize.pipeline.artifacts import Artifact, digest_of, library_versions, make_artifact, read_artifact
+from hybridize.pipeline.stages import METRICS_FILE, RANKING_FILE, spec_for_key
 from hybridize.report import (
     CacheMemory,
     Evaluation,
@@ -21,13 +21,23 @@ from hybridize.report import (
     write_report,
 )
 from hybridize.spec.recipe import RecipeSpec, parse_recipe
-from hybridize.spec.stages import TEACHER, ConvertStage, DistillStage, EvaluateStage, RankStage
+from hybridize.spec.stages import (
+    TEACHER,
+    ConvertStage,
+    DistillStage,
+    EvaluateStage,
+    RankStage,
+    ReportStage,
+    StageSpec,
+)
 
 
 def collect(recipe: RecipeSpec, artifacts: Mapping[str, Artifact], title: str | None = None) -> ReportData:
     """Everything that finished stages have to tell."""
     convert = next((s for s in recipe.stages if isinstance(s, ConvertStage) and s.name in artifacts), None)
-    layout = artifacts[convert.name].metrics["layout"] if convert else []
+    rankings = _rankings(recipe, artifacts)
+    untouched = ["attention"] * (len(rankings[0].scores) if rankings else 0)
+    layout = artifacts[convert.name].metrics["layout"] if convert else untouched
     created = max((str(a.manifest["created"]) for a in artifacts.values()), default="")
     return ReportData(
         title=title or recipe.name,
@@ -36,7 +46,7 @@ def collect(recipe: RecipeSpec, artifacts: Mapping[str, Artifact], title: str | 
         layout=tuple(layout),
         recipe=yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
         versions=library_versions(),
-        rankings=tuple(_rankings(recipe, artifacts, len(layout))),
+        rankings=tuple(rankings),
         losses=tuple(_losses(recipe, artifacts)),
         evaluations=tuple(_evaluations(recipe, artifacts)),
         memory=tuple(_memory(artifacts[convert.name].metrics["memory"])) if convert else (),
@@ -44,30 +54,71 @@ def collect(recipe: RecipeSpec, artifacts: Mapping[str, Artifact], title: str | 
     )
 
 
-def write(folder: Path, data: ReportData) -> Path:
-    """Write the page and its pictures."""
-    return write_report(folder, data)
+def make_report(
+    stage: ReportStage, recipe: RecipeSpec, artifacts: Mapping[str, Artifact], output: Path, *, anew: bool = False
+) -> Artifact:
+    """Write the page and its pictures into a folder of the run, unless they stand.
+
+    Args:
+        stage: gives the folder's name and the title.
+        recipe: the whole job.
+        artifacts: finished stages by name.
+        output: the run's folder.
+        anew: write them even if they stand.
+    """
+    inputs = {name: artifact.digest for name, artifact in artifacts.items()}
+    key = digest_of({"kind": "report", "recipe": recipe.model_dump(mode="json"), "inputs": inputs})
+    folder = output / stage.name
+    standing = None if anew else read_artifact(folder, key)
+    if standing is not None:
+        return standing
+    return make_artifact(
+        folder,
+        kind="report",
+        key=key,
+        spec=stage.model_dump(mode="json"),
+        inputs=inputs,
+        work=lambda partial: {"page": write_report(partial, collect(recipe, artifacts, stage.title)).name},
+        replace=True,
+    )
 
 
 def rewrite_report(run: Path) -> Path:
     """Write the report of a run folder anew, from whatever stages have finished.
 
+    A stage's folder that was made from other settings than those of the recipe last run, or from results that were
+    replaced since, is left out.
+
     Raises:
-        ValueError: the folder holds no run.
+        ValueError: the folder holds no run, or a result in it is damaged.
     """
     file = run / "recipe.json"
     if not file.is_file():
         raise ValueError(f"{run}: it holds no recipe.json, so it is no run; give the output folder of `hybridize run`")
-    recipe = parse_recipe(json.loads(file.read_text()))
-    artifacts = {}
+    try:
+        recipe = parse_recipe(json.loads(file.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{file}: it is damaged ({error}); run the recipe again") from None
+    artifacts: dict[str, Artifact] = {}
     for stage in recipe.stages:
-        artifact = read_artifact(run / stage.name) if (run / stage.name / MANIFEST).is_file() else None
-        if artifact is not None and artifact.manifest["kind"] != "report":
+        artifact = read_artifact(run / stage.name)
+        if artifact is not None and not isinstance(stage, ReportStage) and _is_of(stage, artifact, artifacts):
             artifacts[stage.name] = artifact
-    return write(run / "report", collect(recipe, artifacts))
+    free = "report" if all(stage.name != "report" for stage in recipe.stages) else "report-page"
+    report = next((stage for stage in recipe.stages if isinstance(stage, ReportStage)), ReportStage(name=free))
+    made = make_report(report, recipe, artifacts, run, anew=True)
+    return made.folder / made.metrics["page"]
 
 
-def _rankings(recipe: RecipeSpec, artifacts: Mapping[str, Artifact], num_layers: int) -> list[Ranking]:
+def _is_of(stage: StageSpec, artifact: Artifact, artifacts: Mapping[str, Artifact]) -> bool:
+    """Whether an artifact is what a stage makes from the artifacts that there are."""
+    spec, inputs = artifact.manifest["spec"], artifact.manifest["inputs"]
+    return all(spec.get(name) == value for name, value in spec_for_key(stage).items()) and all(
+        name in artifacts and inputs.get(name) == artifacts[name].digest for name in stage.inputs
+    )
+
+
+def _rankings(recipe: RecipeSpec, artifacts: Mapping[str, Artifact]) -> list[Ranking]:
     """Each ranking with what it chose; the controls that every ranking carries come after."""
     found: list[Ranking] = []
     controls: dict[str, Ranking] = {}
@@ -81,7 +132,13 @@ def _rankings(recipe: RecipeSpec, artifacts: Mapping[str, Artifact], num_layers:
         count = users[0].num_layers if users else None
         scores = ranking.scores or {}
 
-        def shown(rule: Any, is_control: bool, scores: Mapping[int, float], count: int | None = count) -> Ranking:
+        def shown(
+            rule: Any,
+            is_control: bool,
+            scores: Mapping[int, float],
+            count: int | None = count,
+            num_layers: int = ranking.num_layers,
+        ) -> Ranking:
             return Ranking(
                 method=rule.method,
                 scores=tuple(scores.get(layer) for layer in range(num_layers)),

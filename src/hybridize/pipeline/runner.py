@@ -6,12 +6,14 @@ from typing import Any
 
 from hybridize.pipeline.artifacts import (
     Artifact,
+    check_target,
     digest_of,
     fingerprint_file,
     fingerprint_model,
     make_artifact,
     read_artifact,
     write_text,
+    writing,
 )
 from hybridize.pipeline.planning import read_teacher_config
 from hybridize.pipeline.progress import Reporter, quiet_libraries
@@ -38,14 +40,19 @@ def run_recipe(recipe: RecipeSpec, reporter: Reporter | None = None) -> dict[str
     reporter = reporter or Reporter()
     check_against_teacher(recipe)
     output = recipe.output_folder
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / RECIPE_FILE, json.dumps(recipe.model_dump(mode="json"), indent=1))
+    for stage in recipe.stages:
+        check_target(output / stage.name, replace=True)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / RECIPE_FILE, json.dumps(recipe.model_dump(mode="json"), indent=1))
     job = Job(recipe.teacher, recipe.data, reporter)
     teacher_print, data_print = fingerprint_model(recipe.teacher), fingerprint_data(recipe.data)
     for number, stage in enumerate(recipe.stages, 1):
         reporter.say(f"[bold]{number}/{len(recipe.stages)} {stage.name}[/bold]  {describe(stage)}")
         if isinstance(stage, ReportStage):
-            artifact = _report(stage, recipe, job, output)
+            from hybridize.pipeline.reporting import make_report
+
+            artifact = make_report(stage, recipe, job.artifacts, output)
         else:
             artifact = run_stage(stage, job, output / stage.name, teacher_print, data_print, replace=True)
         job.artifacts[stage.name] = artifact
@@ -152,24 +159,3 @@ def outcome(stage: StageSpec, artifact: Artifact) -> str:
             return f"{whole['correct']} of {whole['total']} right, {share} {seconds}"
         case _:
             return f"{artifact.folder / metrics['page']} {seconds}"
-
-
-def _report(stage: ReportStage, recipe: RecipeSpec, job: Job, output: Path) -> Artifact:
-    from hybridize.pipeline.reporting import collect, write
-
-    inputs = {name: artifact.digest for name, artifact in job.artifacts.items()}
-    key = digest_of({"kind": "report", "recipe": recipe.model_dump(mode="json"), "inputs": inputs})
-    folder = output / stage.name
-    standing = read_artifact(folder, key)
-    if standing is not None:
-        return standing
-    data = collect(recipe, job.artifacts, stage.title)
-    return make_artifact(
-        folder,
-        kind="report",
-        key=key,
-        spec=stage.model_dump(mode="json"),
-        inputs=inputs,
-        work=lambda partial: {"page": write(partial, data).name},
-        replace=True,
-    )

@@ -55,21 +55,48 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not Path(path).is_dir() and path.count("/") != 1:
+        raise ValueError(f"{path}: there is no such folder; check the path")
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
+        if not Path(path).is_dir():
+            raise ValueError(
+                f"{path}: there is no such folder, and as the name of a hub repository its tokenizer does not load "
+                f"({reason}); check the path"
+            ) from None
         raise ValueError(
             f"{path}: its tokenizer does not load ({reason}); put the tokenizer's files beside config.json"
         ) from None
 
 
+def check_checkpoint(path: str) -> None:
+    """Find what is wrong with a checkpoint's files, quickly and before any work is done.
+
+    Raises:
+        ValueError: the folder holds no checkpoint, a family that is not in the table, or a damaged file.
+    """
+    from hybridize.models import find_family
+    from hybridize.models.checkpoint import check_files, read_model_type
+
+    folder = Path(path)
+    if folder.is_dir():
+        find_family(read_model_type(folder), f"{path}/config.json: model_type")
+        check_files(folder)
+
+
 def run_rank(stage: RankStage, job: Job, folder: Path) -> dict[str, Any]:
     """Rank the teacher's layers into `ranking.json`."""
+    from hybridize.data.chat import check_chat_template
     from hybridize.data.packing import pack_rows
     from hybridize.importance import rank_cost, rank_layers, save_ranking
     from hybridize.models import load_teacher
 
+    check_checkpoint(job.teacher)
+    tokenizer = job.tokenizer()
+    if stage.method == "mmr":
+        check_chat_template(tokenizer)
     teacher = load_teacher(job.teacher, dtype=working_dtype()).to(device())
     num_rows = stage.steps * stage.rows_per_step
     batches: list[Any] = []
@@ -77,7 +104,7 @@ def run_rank(stage: RankStage, job: Job, folder: Path) -> dict[str, Any]:
     if stage.method == "mmr":
         cost = rank_cost(teacher.config.num_hidden_layers, stage)
         job.reporter.say(f"  {describe_cost(cost)}")
-        rows = pack_rows(job.data, job.tokenizer(), stage.sequence_length, num_rows + stage.heldout_rows, stage.seed)
+        rows = pack_rows(job.data, tokenizer, stage.sequence_length, num_rows + stage.heldout_rows, stage.seed)
         batches = _batches(rows.part(stage.heldout_rows, len(rows)), stage.rows_per_step)
         heldout = _batches(rows.part(0, stage.heldout_rows), stage.rows_per_step)
     with job.reporter.bar("ranking") as advance:
@@ -131,15 +158,26 @@ def chosen_layers(stage: ConvertStage, job: Job, num_layers: int) -> tuple[int, 
 
 def run_distill(stage: DistillStage, job: Job, folder: Path) -> dict[str, Any]:
     """Distil the teacher into a hybrid, resuming from a killed call's last checkpoint."""
+    from hybridize.data.chat import check_chat_template
     from hybridize.data.packing import pack_rows
     from hybridize.models import load_model, load_teacher
     from hybridize.training import distill
 
+    source = job.model_path(stage.model)
+    for path in (source, job.teacher):
+        check_checkpoint(path)
+    tokenizer = job.tokenizer()
+    check_chat_template(tokenizer)
     teacher = load_teacher(job.teacher, dtype=working_dtype())
-    student = load_model(job.model_path(stage.model))
+    student = load_model(source)
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise ValueError(
+            f"{source}: its vocabulary has {student.config.vocab_size} entries, but that of {job.teacher} has "
+            f"{teacher.config.vocab_size}; give the teacher that the hybrid was converted from"
+        )
     dtype = student.dtype
     num_rows = stage.steps * stage.tokens_per_step // stage.sequence_length
-    rows = pack_rows(job.data, job.tokenizer(), stage.sequence_length, num_rows, stage.seed)
+    rows = pack_rows(job.data, tokenizer, stage.sequence_length, num_rows, stage.seed)
     stats = rows.stats
     if stats["num_dropped"]:
         job.reporter.say(f"  left out: {stats['num_dropped']} documents longer than {stage.sequence_length} tokens")
@@ -153,7 +191,7 @@ def run_distill(stage: DistillStage, job: Job, folder: Path) -> dict[str, Any]:
             on_log=lambda record, total: advance(record["step"], total, f"{record['loss_nats']:.4f} nat/token"),
         )
     to_dtype(student, dtype).save_pretrained(folder)
-    job.tokenizer().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return {name: getattr(result, name) for name in result.__dataclass_fields__} | {"data": stats}
 
 
@@ -166,11 +204,14 @@ def run_evaluate(stage: EvaluateStage, job: Job, folder: Path) -> dict[str, Any]
 
 def evaluate_model(stage: EvaluateStage, model_path: str, tokenizer_path: str, reporter: Reporter) -> dict[str, Any]:
     """Judge the model at a path as the stage says; the scores of `hybridize.evaluation.evaluate_problems`."""
+    from hybridize.data.chat import check_chat_template
     from hybridize.data.world import draw_problem
     from hybridize.evaluation import evaluate_problems
     from hybridize.models import load_model
 
+    check_checkpoint(model_path)
     tokenizer = load_tokenizer(tokenizer_path)
+    check_chat_template(tokenizer)
     model = load_model(model_path, dtype=working_dtype()).to(device())
     problems = [
         draw_problem(task, stage.level, "test", index)
@@ -191,13 +232,16 @@ RUNNERS: dict[str, Callable[[Any, Job, Path], dict[str, Any]]] = {
 SCRATCH: dict[str, tuple[str, ...]] = {"rank": ("layers",), "distill": ("checkpoints",)}
 """What a kind of stage keeps only to resume from."""
 
+_NOT_IN_KEY = {"name", "label", "control", "save_every", "batch_size", "rows_per_batch", "gradient_checkpointing"}
+"""What may change without a stage being done anew: one that ran out of memory goes on in smaller batches."""
+
 READS_DATA = ("rank", "distill")
 """Kinds of stages whose result depends on the recipe's data."""
 
 
 def spec_for_key(stage: StageSpec) -> dict[str, Any]:
-    """A stage's spec without what does not change its result."""
-    return stage.model_dump(mode="json", exclude={"name", "label", "control", "save_every", "batch_size"})
+    """A stage's spec without what does not change its result, but perhaps by rounding."""
+    return stage.model_dump(mode="json", exclude=_NOT_IN_KEY)
 
 
 def device() -> str:
