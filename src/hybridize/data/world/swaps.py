@@ -38,12 +38,12 @@ def draw(rng: Random, level: int) -> Problem:
         + f". {' '.join(sentences)} Which code has {places[asked]}?",
         thinking="\n".join(lines),
         answer=holdings[places[asked]],
-        structure=f"{num_places}:{_canonical(swaps, asked)}",
+        structure=f"{num_places}:{canonical(swaps, asked)}",
         facts={"start": start, "swaps": [(places[a], places[b]) for a, b in swaps]},
     )
 
 
-def _canonical(swaps: list[tuple[int, int]], asked: int) -> str:
+def canonical(swaps: list[tuple[int, int]], asked: int) -> str:
     """The swaps and the question up to a renaming of the places and to who is named first in a swap."""
     names: list[dict[int, int]] = [{}]  # every way to number places in the order in which swaps first name them
     for one, two in swaps:
