@@ -35,7 +35,7 @@ def test_world_is_a_function_of_both_seeds():
 
 
 def test_world_refuses_an_unknown_task_at_once():
-    with pytest.raises(ValueError, match=r"task: 'swap' is unknown; .*did you mean 'swaps'"):
+    with pytest.raises(ValueError, match=r"tasks\[1\]: 'swap' is unknown; .*did you mean 'swaps'"):
         iter_conversations(WorldDataSpec(tasks=("swaps", "swap")), 0)
 
 

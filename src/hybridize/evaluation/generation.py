@@ -115,6 +115,8 @@ def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_toke
         attention_mask=mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
         pad_token_id=pad,
         eos_token_id=tokenizer.eos_token_id,
     )

@@ -18,7 +18,7 @@ from hybridize.pipeline.artifacts import (
 from hybridize.pipeline.planning import read_teacher_config
 from hybridize.pipeline.progress import Reporter, quiet_libraries
 from hybridize.pipeline.stages import READS_DATA, RUNNERS, SCRATCH, Job, spec_for_key
-from hybridize.spec.data import DataSpec, FileDataSpec
+from hybridize.spec.data import WORLD_VERSION, DataSpec, FileDataSpec
 from hybridize.spec.layout import check_layers
 from hybridize.spec.recipe import RecipeSpec
 from hybridize.spec.stages import ConvertStage, EvaluateStage, ReportStage, StageSpec
@@ -68,6 +68,8 @@ def run_stage(
     inputs = {"teacher": teacher_print} | {name: job.artifacts[name].digest for name in stage.inputs}
     if kind in READS_DATA:
         inputs["data"] = data_print
+    if kind == "evaluate":
+        inputs["world"] = str(WORLD_VERSION)
     key = digest_of({"kind": kind, "spec": spec_for_key(stage), "inputs": inputs})
     quiet_libraries()
     standing = read_artifact(folder, key)
@@ -98,6 +100,8 @@ def fingerprint_data(data: DataSpec) -> str:
             raise ValueError(f"data.path: there is no file {data.path}; check the path")
         facts["sha256"] = fingerprint_file(data.path)
         del facts["path"]
+    else:
+        facts["world"] = WORLD_VERSION
     return digest_of(facts)
 
 

@@ -12,6 +12,9 @@ TASK_NAMES = ("quantities", "addition", "swaps", "recall")
 MAX_LEVEL = 8
 """Its hardest difficulty."""
 
+WORLD_VERSION = 1
+"""Raised whenever the world draws other problems than before, so that results from the old ones do not stand."""
+
 
 def check_tasks(tasks: tuple[str, ...]) -> tuple[str, ...]:
     """Return names of tasks as they are; raise a `ValueError` on one that does not exist, or on none."""

@@ -1,6 +1,5 @@
 """State tracking: places hold codes and swap them; each step needs the newest code of two places."""
 
-import re
 from itertools import product
 from random import Random
 
@@ -11,8 +10,6 @@ SIZES = {1: (4, 3), 2: (4, 4), 3: (4, 6), 4: (5, 8), 5: (5, 12), 6: (6, 18), 7: 
 """(places, swaps) per level."""
 
 _PLACES = [f"{color} {place}" for color, place in product(COLORS, PLACES)]
-_HELD = r"(\w+ \w+) (\d{3})"
-_STEP = re.compile(rf"{_HELD}, {_HELD}: {_HELD}, {_HELD}")
 
 
 def draw(rng: Random, level: int) -> Problem:
@@ -30,6 +27,7 @@ def draw(rng: Random, level: int) -> Problem:
         sentences.append(f"{one} and {two} swap.")
         lines.append(_step(holdings, one, two))
         holdings[one], holdings[two] = holdings[two], holdings[one]
+    lines.append(f"{places[asked]} {holdings[places[asked]]}")
     return Problem(
         task="swaps",
         level=level,
@@ -39,7 +37,7 @@ def draw(rng: Random, level: int) -> Problem:
         thinking="\n".join(lines),
         answer=holdings[places[asked]],
         structure=f"{num_places}:{canonical(swaps, asked)}",
-        facts={"start": start, "swaps": [(places[a], places[b]) for a, b in swaps]},
+        facts={"start": start, "swaps": [(places[a], places[b]) for a, b in swaps], "asked": places[asked]},
     )
 
 
@@ -66,21 +64,20 @@ def _step(holdings: dict[str, str], one: str, two: str) -> str:
 
 
 def check_steps(problem: Problem, lines: list[str]) -> None:
-    """Each line must be the next swap with the right codes before and after it; no swap may be missing."""
+    """Each line must be the next swap with the right codes before and after it; the last one looks the answer up."""
     holdings = dict(problem.facts["start"])
-    swaps: list[tuple[str, str]] = problem.facts["swaps"]
-    for position, line in enumerate(lines):
-        where = f"step {position + 1}"
-        if position >= len(swaps):
-            raise StepError(f"{where}: there is no swap left, but it says {line!r}")
-        if not _STEP.fullmatch(line):
-            raise StepError(f"{where}: {line!r} is not a swap")
-        one, two = swaps[position]
-        if line != (expected := _step(holdings, one, two)):
-            raise StepError(f"{where}: the swap reads {expected!r}, not {line!r}")
+    expected = []
+    for one, two in problem.facts["swaps"]:
+        expected.append(_step(holdings, one, two))
         holdings[one], holdings[two] = holdings[two], holdings[one]
-    if len(lines) < len(swaps):
-        raise StepError(f"step {len(lines) + 1}: {len(swaps) - len(lines)} swaps are missing")
+    expected.append(f"{problem.facts['asked']} {holdings[problem.facts['asked']]}")
+    for position, (line, right) in enumerate(zip(lines, expected, strict=False)):
+        if line != right:
+            raise StepError(f"step {position + 1}: it should read {right!r}, not {line!r}")
+    if len(lines) < len(expected):
+        raise StepError(f"step {len(lines) + 1}: {len(expected) - len(lines)} steps are missing")
+    if len(lines) > len(expected):
+        raise StepError(f"step {len(expected) + 1}: nothing is left to do, but it says {lines[len(expected)]!r}")
 
 
 TASK = Task("swaps", "tracking a state through many updates", draw, check_steps)
