@@ -1,8 +1,8 @@
-"""Train the pocket teacher from scratch: a 16-layer Mistral of 9.6M parameters that reasons in the small world.
+"""Train the pocket teacher from scratch: a 16-layer Mistral of 9.7M parameters that reasons in the small world.
 
-    python examples/pocket_teacher/train.py --out /tmp/pocket --steps 9500
+    python examples/pocket_teacher/train.py --out pocket --compile
 
-One GPU, about six minutes. Killed and called again with the same arguments it goes on from its last checkpoint.
+One GPU, about eight minutes at 1.2M tokens/s (`--compile`). Killed and called again with the same arguments it goes on from its last checkpoint.
 Batch i is a pure function of i, so neither a restart nor the number of data workers changes what is trained on.
 """
 
@@ -143,9 +143,9 @@ def build_model(tokenizer) -> MistralForCausalLM:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=9500)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--minutes", type=float, help="stop after this long, with a checkpoint")
-    parser.add_argument("--tokens", type=int, default=32768, help="tokens a step, padding included")
+    parser.add_argument("--tokens", type=int, default=65536, help="tokens a step, padding included")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--save-every", type=int, default=1000)

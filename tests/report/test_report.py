@@ -359,3 +359,13 @@ def test_numbers_are_written_for_reading(write, value, expected):
 def test_data_that_disagree_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("scores", "floor"),
+    [((1.0, 2.0, None), None), ((0.001, 1.0), 0.0005), ((0.0, 1.0), None), ((-1.0, 100.0), None)],
+)
+def test_importance_chart_is_logarithmic_only_where_bars_would_vanish(scores, floor):
+    from hybridize.report.plots import _log_floor
+
+    assert _log_floor(scores) == floor

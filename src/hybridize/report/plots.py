@@ -126,6 +126,7 @@ def importance_chart(rankings: Sequence[Ranking]) -> Figure:
         else:
             axes.set_yscale("log")
             axes.set_ylim(bottom=floor)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set(title=ranking.method, ylabel=ranking.unit, xlim=(-0.7, len(ranking.scores) - 0.3))
         axes.set_xticks(_layer_ticks(len(ranking.scores)))
         axes.tick_params(axis="x", length=0)
