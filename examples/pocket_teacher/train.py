@@ -2,8 +2,9 @@
 
     python examples/pocket_teacher/train.py --out pocket --compile
 
-One GPU, about eight minutes at 1.2M tokens/s (`--compile`). Killed and called again with the same arguments it goes on from its last checkpoint.
-Batch i is a pure function of i, so neither a restart nor the number of data workers changes what is trained on.
+One GPU, about eight minutes at 1.2M tokens/s. Killed and called again with the same arguments it goes on from its
+last checkpoint. Batch i is a pure function of i, so neither a restart nor the number of data workers changes what is
+trained on.
 """
 
 import argparse
