@@ -78,13 +78,13 @@ def test_few_steps_of_distillation_bring_a_hybrid_back_to_the_trained_teacher(te
     from hybridize.training import distill, heldout_divergence
     from hybridize.transfer import convert
 
-    rows = pack_rows(WorldDataSpec(levels=(1,)), tokenizer, 256, 12 * 2 + 6, 0)
-    heldout = rows.part(24, 30)
-    hybrid, _ = convert(teacher, LayoutSpec.replace(16, (6, 8, 11, 14), Mamba1Spec()))
+    rows = pack_rows(WorldDataSpec(levels=(1,)), tokenizer, 256, 20 * 2 + 6, 0)
+    heldout = rows.part(40, 46)
+    hybrid, _ = convert(teacher, LayoutSpec.replace(16, (6, 7, 10, 11, 13, 14), Mamba1Spec()))
     before = heldout_divergence(hybrid, teacher, heldout)
     stage = DistillStage(
-        name="d", model="m", steps=12, tokens_per_step=512, sequence_length=256, learning_rate=1e-3, rows_per_batch=2
+        name="d", model="m", steps=20, tokens_per_step=512, sequence_length=256, learning_rate=6e-4, rows_per_batch=2
     )
-    distill(hybrid, teacher, rows.part(0, 24), stage, tmp_path)
+    distill(hybrid, teacher, rows.part(0, 40), stage, tmp_path)
     after = heldout_divergence(hybrid, teacher, heldout)
-    assert after < 0.7 * before
+    assert after < 0.2 * before

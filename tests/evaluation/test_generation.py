@@ -54,8 +54,18 @@ class Parrot:
         self.training = mode
         return self
 
-    def generate(self, input_ids, attention_mask, max_new_tokens, do_sample, pad_token_id, eos_token_id):
-        assert not do_sample
+    def generate(
+        self,
+        input_ids,
+        attention_mask,
+        max_new_tokens,
+        do_sample,
+        num_beams,
+        repetition_penalty,
+        pad_token_id,
+        eos_token_id,
+    ):
+        assert (do_sample, num_beams, repetition_penalty) == (False, 1, 1.0)  # plainly greedy
         assert not torch.is_grad_enabled()
         assert (pad_token_id, eos_token_id) == (self.pad, self.stop)
         assert input_ids.shape == attention_mask.shape
