@@ -82,7 +82,8 @@ def rank(
     seed: _SeedOption = 0,
 ) -> None:
     """Rank a teacher's attention layers, least important first, with the controls beside it."""
-    from hybridize.pipeline.artifacts import write_text, writing
+    from hybridize.files import write_whole
+    from hybridize.pipeline.artifacts import writing
     from hybridize.pipeline.stages import RANKING_FILE
 
     _check_new_file(out)
@@ -101,7 +102,7 @@ def rank(
     work = out.parent / f".{out.name}.work"
     artifact = _run_alone(stage, teacher, data, work)
     with writing(out):
-        write_text(out, (artifact.folder / RANKING_FILE).read_text())
+        write_whole(out, (artifact.folder / RANKING_FILE).read_text())
     _remove(work)
     typer.echo(f"ranking: {out}")
 
@@ -201,7 +202,8 @@ def evaluate(
     import json
 
     from hybridize.data.world import TASKS
-    from hybridize.pipeline.artifacts import write_text, writing
+    from hybridize.files import write_whole
+    from hybridize.pipeline.artifacts import writing
     from hybridize.pipeline.progress import Reporter, quiet_libraries
     from hybridize.pipeline.stages import evaluate_model
     from hybridize.spec.base import choose
@@ -227,7 +229,7 @@ def evaluate(
         )
     if out:
         with writing(out):
-            write_text(out, json.dumps(summary, indent=1))
+            write_whole(out, json.dumps(summary, indent=1))
 
 
 @app.command()

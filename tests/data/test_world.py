@@ -224,7 +224,7 @@ def test_no_structure_is_in_both_splits(task):
                     assert split_of(problem) == split
                     seen.add(problem.structure)
     assert not structures["train"] & structures["test"]
-    assert min(map(len, structures.values())) > 150
+    assert min(map(len, structures.values())) > 200
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from hybridize.pipeline.artifacts import fingerprint_model, make_artifact, read_artifact, write_text, writing
+from hybridize.files import write_whole
+from hybridize.pipeline.artifacts import fingerprint_model, make_artifact, read_artifact, writing
 from hybridize.spec.base import StoppedError
 
 
 def make(folder, key="k", work=None, **options):
     def fill(partial):
-        write_text(partial / "result.txt", "good")
+        write_whole(partial / "result.txt", "good")
         return {"score": 1}
 
     return make_artifact(folder, kind="test", key=key, spec={}, inputs={}, work=work or fill, **options)
@@ -30,7 +31,7 @@ def test_artifact_failing_work_leaves_the_old_one_alone(tmp_path):
     make(tmp_path / "a")
 
     def fail(partial):
-        write_text(partial / "result.txt", "bad")
+        write_whole(partial / "result.txt", "bad")
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
@@ -106,7 +107,7 @@ def test_artifact_killed_while_it_gets_its_name_is_not_made_again(tmp_path, monk
         def work(partial):
             (partial / "checkpoints").mkdir()
             (partial / "checkpoints" / "1").touch()
-            write_text(partial / "result.txt", "new")
+            write_whole(partial / "result.txt", "new")
             return {"score": 2}
 
         with pytest.raises(KeyboardInterrupt):

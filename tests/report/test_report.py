@@ -245,7 +245,7 @@ def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
     def broken(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("hybridize.report.page.os.replace", broken)
+    monkeypatch.setattr("os.replace", broken)
     with pytest.raises(OSError, match="disk full"):
         write_report(tmp_path, replace(EMPTY, title="New"))
     assert page.read_bytes() == before

@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from hybridize.files import write_whole
 from hybridize.spec import MixerSpec, parse_mixer
 
 FORMAT = "hybridize.ranking/1"
@@ -182,11 +182,8 @@ def load_ranking(path: str | Path) -> Ranking:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON to a sibling file, then rename it: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Write JSON, whole or not at all; a number that is not finite is an error."""
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 class _Fields:

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hybridize.files import write_whole
 from hybridize.spec.base import StoppedError
 
 FORMAT = "hybridize.manifest/1"
@@ -150,7 +150,7 @@ def make_artifact(
             shutil.rmtree(partial)
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            write_text(key_file, key)
+            write_whole(key_file, key)
             started = time.perf_counter()
             metrics = work(partial)
         except BaseException:
@@ -174,7 +174,7 @@ def make_artifact(
             "versions": library_versions(),
         }
         # Once the manifest is there, the work is done: a call killed from here on is finished by the next.
-        write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
+        write_whole(partial / MANIFEST, json.dumps(manifest, indent=1))
         return _publish(partial, folder, manifest, scratch)
 
 
@@ -271,21 +271,6 @@ def _remove_if_hollow(partial: Path) -> None:
     with suppress(OSError):
         if not any(file.is_file() and _KEY_FILE not in file.name for file in partial.rglob("*")):
             shutil.rmtree(partial)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it: a reader sees the old content or the new."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def library_versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from hybridize.files import write_whole
 from hybridize.pipeline.artifacts import (
     Artifact,
     check_target,
@@ -12,7 +13,6 @@ from hybridize.pipeline.artifacts import (
     fingerprint_model,
     make_artifact,
     read_artifact,
-    write_text,
     writing,
 )
 from hybridize.pipeline.planning import read_teacher_config
@@ -44,7 +44,7 @@ def run_recipe(recipe: RecipeSpec, reporter: Reporter | None = None) -> dict[str
         check_target(output / stage.name, replace=True)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-        write_text(output / RECIPE_FILE, json.dumps(recipe.model_dump(mode="json"), indent=1))
+        write_whole(output / RECIPE_FILE, json.dumps(recipe.model_dump(mode="json"), indent=1))
     job = Job(recipe.teacher, recipe.data, reporter)
     teacher_print, data_print = fingerprint_model(recipe.teacher), fingerprint_data(recipe.data)
     for number, stage in enumerate(recipe.stages, 1):

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hybridize.pipeline.artifacts import Artifact, write_text
+from hybridize.files import write_whole
+from hybridize.pipeline.artifacts import Artifact
 from hybridize.pipeline.progress import Reporter
 from hybridize.spec.data import DataSpec
 from hybridize.spec.layout import LayoutSpec
@@ -131,7 +132,7 @@ def run_convert(stage: ConvertStage, job: Job, folder: Path) -> dict[str, Any]:
     layers = chosen_layers(stage, job, teacher.config.num_hidden_layers)
     layout = LayoutSpec.replace(teacher.config.num_hidden_layers, layers, stage.mixer, f"{stage.name}.layers")
     hybrid, plan = convert(teacher, layout, stage.init, stage.seed, share=True)
-    write_text(folder / PLAN_FILE, f"{plan}\n")
+    write_whole(folder / PLAN_FILE, f"{plan}\n")
     hybrid.save_pretrained(folder)
     job.tokenizer().save_pretrained(folder)
     memory = {
@@ -198,7 +199,7 @@ def run_distill(stage: DistillStage, job: Job, folder: Path) -> dict[str, Any]:
 def run_evaluate(stage: EvaluateStage, job: Job, folder: Path) -> dict[str, Any]:
     """Let a model answer unseen problems and judge its replies."""
     summary = evaluate_model(stage, job.model_path(stage.model), job.teacher, job.reporter)
-    write_text(folder / EVALUATION_FILE, json.dumps(summary, indent=1))
+    write_whole(folder / EVALUATION_FILE, json.dumps(summary, indent=1))
     return summary
 
 

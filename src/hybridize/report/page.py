@@ -1,8 +1,6 @@
 """The page: what is shown, in which words; the template beside this file says how."""
 
 import base64
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from hybridize.files import write_whole
 from hybridize.report import plots, summary
 from hybridize.report.data import LossCurve, ReportData, break_even_tokens
 
@@ -48,11 +47,11 @@ def write_report(out_dir: Path, data: ReportData) -> Path:
     drawn = draw_plots(data)
     for name in _PLOT_NAMES:
         if name in drawn:
-            _write_atomically(out_dir / f"{name}.png", drawn[name].png)
+            write_whole(out_dir / f"{name}.png", drawn[name].png)
         else:
             (out_dir / f"{name}.png").unlink(missing_ok=True)
     page = out_dir / PAGE_NAME
-    _write_atomically(page, render_page(data, drawn).encode("utf-8"))
+    write_whole(page, render_page(data, drawn).encode("utf-8"))
     return page
 
 
@@ -170,15 +169,3 @@ def _points(curve: LossCurve) -> list[tuple[int, int, float]]:
 
 def _listing(layers: tuple[int, ...]) -> str:
     return "layers " + ", ".join(str(layer) for layer in sorted(layers)) if layers else "no layer"
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

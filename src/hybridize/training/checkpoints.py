@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from hybridize.files import write_whole
+
 CHECKPOINTS = "checkpoints"
 """The folder of checkpoints in a run's folder."""
 
@@ -31,12 +33,8 @@ def mark_complete(folder: Path, identity: dict[str, Any]) -> None:
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
             files[str(file.relative_to(folder))] = file.stat().st_size
-    partial = folder / f"{_MARK}.partial"
-    with partial.open("w", encoding="utf-8") as opened:
-        json.dump({"step": step_of(folder), "identity": identity, "files": files}, opened, indent=2)
-        opened.flush()
-        os.fsync(opened.fileno())
-    partial.replace(folder / _MARK)
+    mark = {"step": step_of(folder), "identity": identity, "files": files}
+    write_whole(folder / _MARK, json.dumps(mark, indent=2))
 
 
 def keep_last(folder: Path) -> None:

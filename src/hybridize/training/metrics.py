@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hybridize.files import write_whole
+
 METRICS = "metrics.jsonl"
 """The metrics file in a run's folder."""
 
@@ -36,10 +38,7 @@ class MetricsFile:
         self.records = [record for record in read_metrics(path) if record["step"] <= last_step]
         if not writes:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(path.name + ".partial")
-        fresh.write_text("".join(map(_line, self.records)), encoding="utf-8")
-        fresh.replace(path)
+        write_whole(path, "".join(map(_line, self.records)))
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one record; it is on disk when this returns, as far as a killed process is concerned."""
