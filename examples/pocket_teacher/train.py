@@ -28,7 +28,7 @@ from transformers import (
 from hybridize.data.chat import render
 from hybridize.data.world import MAX_LEVEL, TASKS, draw_problem
 
-TASK_WEIGHT = {"quantities": 2.0, "addition": 0.4, "swaps": 2.0, "recall": 0.8}
+TASK_WEIGHT = {"quantities": 2.0, "addition": 0.3, "swaps": 1.5, "recall": 1.5}
 LEVEL_WEIGHT = {1: 1.0, 2: 1.2, 3: 1.4, 4: 1.4, 5: 1.0, 6: 0.7, 7: 0.4, 8: 0.2}
 """Share of the trained tokens (not of the problems)."""
 
@@ -45,8 +45,11 @@ WARM_LEVEL = 3
 class Batches(Dataset):
     """Ready-made batches of about `tokens` tokens, right-padded, never packed; labels on the completion only."""
 
-    def __init__(self, tokenizer, tokens: int, length: int, max_level: int, warm_share: float):
+    def __init__(
+        self, tokenizer, tokens: int, length: int, max_level: int, warm_share: float, task_weight: dict[str, float]
+    ):
         self.tokenizer, self.tokens, self.length, self.warm_share = tokenizer, tokens, length, warm_share
+        self.task_weight = task_weight
         self.easy, self.full = self._classes(min(WARM_LEVEL, max_level)), self._classes(max_level)
 
     def _classes(self, max_level: int) -> list[tuple[int, list[tuple[str, int]]]]:
@@ -68,8 +71,8 @@ class Batches(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = Random(f"batch/{index}")
         classes = self.easy if index < self.warm_share * self.length else self.full
-        end, cells = rng.choices(classes, [sum(map(_weight, cells)) for _, cells in classes])[0]
-        per_problem = [_weight(cell) for cell in cells]
+        end, cells = rng.choices(classes, [sum(map(self._weight, cells)) for _, cells in classes])[0]
+        per_problem = [self._weight(cell) for cell in cells]
         rows = []
         for _ in range(max(1, self.tokens // end)):
             task, level = rng.choices(cells, per_problem)[0]
@@ -82,9 +85,16 @@ class Batches(Dataset):
             labels[row, num_prompt : len(ids)] = torch.tensor(ids[num_prompt:])
         return {"input_ids": input_ids, "labels": labels}
 
+    def _weight(self, cell: tuple[str, int]) -> float:
+        return self.task_weight[cell[0]] * LEVEL_WEIGHT[cell[1]]
 
-def _weight(cell: tuple[str, int]) -> float:
-    return TASK_WEIGHT[cell[0]] * LEVEL_WEIGHT[cell[1]]
+
+def _task_weights(text: str) -> dict[str, float]:
+    """`recall=3,swaps=1` -> the default weights with these changed."""
+    given = {task: float(weight) for task, _, weight in (part.partition("=") for part in text.split(","))}
+    if unknown := set(given) - set(TASK_WEIGHT):
+        raise ValueError(f"unknown task {', '.join(unknown)}; the tasks are {', '.join(TASK_WEIGHT)}")
+    return TASK_WEIGHT | given
 
 
 class Pace(TrainerCallback):
@@ -144,7 +154,7 @@ def build_model(tokenizer) -> MistralForCausalLM:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--minutes", type=float, help="stop after this long, with a checkpoint")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens a step, padding included")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -153,6 +163,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="go on from this model and its tokenizer, not from scratch")
     parser.add_argument("--max-level", type=int, default=MAX_LEVEL, help="hardest level to train on")
     parser.add_argument("--warmup", type=int, default=400, help="steps of learning-rate warm-up")
+    parser.add_argument("--task-weights", type=_task_weights, default=TASK_WEIGHT, help="e.g. recall=3,swaps=1")
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers (pays on a GPU)")
     args = parser.parse_args()
 
@@ -195,7 +206,14 @@ def main() -> None:
             seed=0,
             train_sampling_strategy="sequential",
         ),
-        train_dataset=Batches(tokenizer, args.tokens, args.steps, args.max_level, 0.0 if args.start else WARM_SHARE),
+        train_dataset=Batches(
+            tokenizer,
+            args.tokens,
+            args.steps,
+            args.max_level,
+            0.0 if args.start else WARM_SHARE,
+            args.task_weights,
+        ),
         data_collator=lambda rows: rows[0],
         callbacks=[Pace(args.tokens)],
     )

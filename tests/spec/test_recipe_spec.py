@@ -54,14 +54,14 @@ RANK, CONVERT = {"kind": "rank"}, {"kind": "convert", "layers": [1]}
 ONE_FAULT = {
     "kind": (
         [{"kind": "rnk"}],
-        "recipe.stages[0].kind: 'rnk' is unknown; use one of rank, convert, distill, evaluate, report; "
+        "recipe.stages[0].kind: 'rnk' is unknown; use one of traces, rank, convert, fit, distill, sft, on_policy, merge, schedule, evaluate, harness, text, throughput, report; "
         "did you mean 'rank'?",
     ),
     "no kind": ([RANK, {"name": "x"}], "recipe.stages[1]: its kind is missing; add kind"),
     "no mapping": ([RANK, 3], "recipe.stages[1]: 3 is not a mapping; write keys and values"),
     "key": ([{**RANK, "stepz": 3}], "recipe.stages[0].stepz: unknown key; did you mean 'steps'?"),
     "odd key": ([{**RANK, "qqq": 3}], "recipe.stages[0].qqq: unknown key; remove it"),
-    "key like a kind": ([{**RANK, "report": 3}], "recipe.stages[0].report: unknown key; remove it"),
+    "key like a kind": ([{**RANK, "report": 3}], "recipe.stages[0].report: unknown key; did you mean 'repeats'?"),
     "mixer": (
         [{**RANK, "mixer": "mamba"}],
         "recipe.stages[0].mixer: 'mamba' is unknown; use one of attention, mamba1; did you mean 'mamba1'?",
@@ -156,7 +156,7 @@ def test_a_fault_is_one_line_with_place_value_and_remedy(name):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"data": {"source": "wrld"}}, "recipe.data.source: 'wrld' is unknown; use one of world, file"),
+        ({"data": {"source": "wrld"}}, "recipe.data.source: 'wrld' is unknown; use one of world, file, hub, traces"),
         ({"data": {"source": "world", "levels": [0]}}, "recipe.data.levels: 0 is out of range; use 1..8"),
         ({"data": {"source": "world", "world": 1}}, "recipe.data.world: unknown key; remove it"),
         ({"data": {"source": "file"}}, "recipe.data.path: required, but missing; add it"),

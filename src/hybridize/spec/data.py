@@ -12,7 +12,7 @@ TASK_NAMES = ("quantities", "addition", "swaps", "recall")
 MAX_LEVEL = 8
 """Its hardest difficulty."""
 
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 """Raised whenever the world draws other problems than before, so that results from the old ones do not stand."""
 
 
@@ -50,7 +50,9 @@ class WorldDataSpec(Spec):
 
 
 class FileDataSpec(Spec):
-    """Chats in a JSON-lines file, one a line: `{"messages": [...]}` or `{"prompt": ..., "completion": ...}`.
+    """Chats in a file, JSON lines or Parquet: rows of `messages`, or of `prompt` and `completion`.
+
+    Prompts to be answered need no completion; `answer`, where there is one, is what a verifier compares with.
 
     Attributes:
         path: of the file; relative to the recipe.
@@ -60,4 +62,34 @@ class FileDataSpec(Spec):
     path: str
 
 
-DataSpec = Annotated[WorldDataSpec | FileDataSpec, Field(discriminator="source")]
+class HubDataSpec(Spec):
+    """A dataset that the `datasets` library loads: a name on the hub, or a folder that it understands.
+
+    Attributes:
+        dataset: name or folder.
+        config: which of its configurations.
+        split: which of its splits.
+        columns: which columns hold `messages`, `prompt`, `completion` and `answer`, where they are called otherwise.
+        revision: of the repository; without it, whatever is newest is read.
+    """
+
+    source: Literal["hub"] = "hub"
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    columns: dict[Literal["messages", "prompt", "completion", "answer"], str] = Field(default_factory=dict)
+    revision: str | None = None
+
+
+class TracesDataSpec(Spec):
+    """What an earlier `traces` stage made.
+
+    Attributes:
+        stage: its name.
+    """
+
+    source: Literal["traces"] = "traces"
+    stage: str
+
+
+DataSpec = Annotated[WorldDataSpec | FileDataSpec | HubDataSpec | TracesDataSpec, Field(discriminator="source")]

@@ -8,15 +8,25 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from hybridize.spec.base import Spec, choose, explain
-from hybridize.spec.data import DataSpec, FileDataSpec, WorldDataSpec
+from hybridize.spec.data import DataSpec, FileDataSpec, HubDataSpec, TracesDataSpec, WorldDataSpec
 from hybridize.spec.mixers import MIXER_TYPES
 from hybridize.spec.stages import (
+    MODEL_KINDS,
     STAGE_KINDS,
     TEACHER,
     AnyStage,
     ConvertStage,
-    DistillStage,
-    EvaluateStage,
+    DataStage,
+    HarnessStage,
+    JudgingStage,
+    MergeStage,
+    RankStage,
+    ScheduleStage,
+    SftStage,
+    StageSpec,
+    StopSpec,
+    TextStage,
+    TracesStage,
 )
 
 
@@ -39,18 +49,14 @@ class RecipeSpec(Spec):
 
     @model_validator(mode="after")
     def _check_references(self) -> Self:
+        if isinstance(self.data, TracesDataSpec):
+            raise ValueError("data: it cannot be the result of a stage, since stages read it; name traces at a stage")
         kinds: dict[str, str] = {}
         for position, stage in enumerate(self.stages):
             place = f"stages[{position}]"
             if stage.name in kinds or stage.name == TEACHER:
                 raise ValueError(f"{place}.name: {stage.name!r} is taken; give each stage a name of its own")
-            if isinstance(stage, ConvertStage) and stage.ranking:
-                _refer(f"{place}.ranking", stage.ranking, [n for n, k in kinds.items() if k == "rank"])
-            if isinstance(stage, (DistillStage, EvaluateStage)):
-                models = [n for n, k in kinds.items() if k in ("convert", "distill")]
-                if isinstance(stage, EvaluateStage):
-                    models.append(TEACHER)
-                _refer(f"{place}.model", stage.model, models)
+            _check_stage(stage, place, kinds)
             kinds[stage.name] = stage.kind
         return self
 
@@ -66,6 +72,24 @@ class RecipeSpec(Spec):
             for i, stage in enumerate(self.stages)
             if isinstance(stage, ConvertStage) and stage.layers is not None
         }
+
+
+def _check_stage(stage: StageSpec, place: str, kinds: Mapping[str, str]) -> None:
+    """Raise a `ValueError` if a stage refers to what is not there before it."""
+    if isinstance(stage, ConvertStage) and stage.ranking:
+        _refer(f"{place}.ranking", stage.ranking, [n for n, k in kinds.items() if k == "rank"])
+    if isinstance(stage, DataStage) and isinstance(stage.data, TracesDataSpec):
+        _refer(f"{place}.data.stage", stage.data.stage, [n for n, k in kinds.items() if k == "traces"])
+    made = [n for n, k in kinds.items() if k in MODEL_KINDS]
+    if isinstance(stage, MergeStage):
+        for position, source in enumerate(stage.sources):
+            _refer(f"{place}.sources[{position}]", source, made)
+        if stage.base is not None:
+            _refer(f"{place}.base", stage.base, made)
+    elif not isinstance(stage, ScheduleStage):
+        takes_teacher = isinstance(stage, (ConvertStage, JudgingStage, RankStage, SftStage, TracesStage))
+        for name in stage.models:
+            _refer(f"{place}.model", name, [*made, TEACHER] if takes_teacher else made)
 
 
 def _refer(place: str, name: str, earlier: list[str]) -> None:
@@ -90,9 +114,8 @@ def load_recipe(path: str | Path) -> RecipeSpec:
     if not isinstance(value, Mapping):
         raise ValueError(f"recipe {path}: holds no mapping; start with `name:` and `teacher:`")
     recipe = parse_recipe(value)
-    changes: dict[str, Any] = {"teacher": _beside(path, recipe.teacher)}
-    if isinstance(recipe.data, FileDataSpec):
-        changes["data"] = FileDataSpec(path=str(path.parent / recipe.data.path))
+    changes: dict[str, Any] = {"teacher": _beside(path, recipe.teacher), "data": _data_beside(path, recipe.data)}
+    changes["stages"] = tuple(_stage_beside(path, stage) for stage in recipe.stages)
     return recipe.model_copy(update=changes)
 
 
@@ -124,7 +147,35 @@ def _beside(recipe: Path, teacher: str) -> str:
     return str(recipe.parent / teacher) if teacher.startswith(".") else teacher
 
 
-_TAGS = frozenset([*STAGE_KINDS, *MIXER_TYPES, "world", "file"])
+def _data_beside(recipe: Path, data: Any) -> Any:
+    if isinstance(data, FileDataSpec):
+        return FileDataSpec(path=str(recipe.parent / data.path))
+    if isinstance(data, HubDataSpec):
+        return data.model_copy(update={"dataset": _beside(recipe, data.dataset)})
+    return data
+
+
+def _stage_beside(recipe: Path, stage: StageSpec) -> StageSpec:
+    """A stage with its files found relative to the recipe."""
+    changes: dict[str, Any] = {}
+    if isinstance(stage, DataStage) and stage.data is not None:
+        changes["data"] = _data_beside(recipe, stage.data)
+    if isinstance(stage, TextStage):
+        changes["text"] = str(recipe.parent / stage.text)
+    if isinstance(stage, HarnessStage) and stage.benchmarks:
+        changes["benchmarks"] = str(recipe.parent / stage.benchmarks)
+    if isinstance(stage, RankStage) and stage.scores:
+        changes["scores"] = str(recipe.parent / stage.scores)
+    if isinstance(stage, TracesStage) and ":" in stage.verifier:
+        changes["verifier"] = str(recipe.parent / stage.verifier)
+    if isinstance(stage, ScheduleStage):
+        changes["rank"] = _stage_beside(recipe, stage.rank)
+        changes["fit"] = _stage_beside(recipe, stage.fit) if stage.fit else None
+        changes["distill"] = tuple(_stage_beside(recipe, inner) for inner in stage.distill)
+    return stage.model_copy(update=changes) if changes else stage
+
+
+_TAGS = frozenset([*STAGE_KINDS, *MIXER_TYPES, "world", "file", "hub", "traces"])
 
 
 def _known_keys() -> set[str]:
@@ -132,6 +183,9 @@ def _known_keys() -> set[str]:
         RecipeSpec,
         WorldDataSpec,
         FileDataSpec,
+        HubDataSpec,
+        TracesDataSpec,
+        StopSpec,
         *STAGE_KINDS.values(),
         *MIXER_TYPES.values(),
     ]

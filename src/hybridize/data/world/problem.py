@@ -11,6 +11,8 @@ Split = Literal["train", "test"]
 TEST_FRACTION = 1 / 8
 """Share of all problem structures that belong to the test split."""
 
+_BULLET = "- "
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -92,8 +94,14 @@ def split_of(problem: Problem) -> Split:
 
 
 def format_reply(thinking: str, answer: str) -> str:
-    """The assistant's message: steps between think tags, then the answer."""
-    return f"<think>\n{thinking}\n</think>\n{answer}"
+    """The assistant's message: steps between think tags, a bullet before each, then the answer.
+
+    Behind a bullet a step's first word has a space before it, as in the question: to a tokenizer that takes the space
+    along it is the same token in both places. Without, a small teacher learns to look things up by the second word of a
+    name only (docs/LOG.md).
+    """
+    steps = "".join(f"{_BULLET}{line}\n" for line in thinking.splitlines())
+    return f"<think>\n{steps}</think>\n{answer}"
 
 
 def parse_reply(reply: str) -> tuple[list[str], str]:
@@ -106,4 +114,4 @@ def parse_reply(reply: str) -> tuple[list[str], str]:
     thinking, closed, answer = rest.partition("</think>")
     if not opened or not closed or head.strip():
         raise StepError("the reply is not of the form <think> steps </think> answer")
-    return [line.strip() for line in thinking.strip().splitlines()], answer.strip()
+    return [line.strip().removeprefix(_BULLET) for line in thinking.strip().splitlines()], answer.strip()

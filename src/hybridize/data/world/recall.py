@@ -1,23 +1,21 @@
 """Recall: facts from earlier in a long context, looked up exactly and in the order asked."""
 
 import re
-from itertools import product
 from random import Random
 
 from hybridize.data.world.problem import Problem, StepError, Task
-from hybridize.data.world.words import COLORS, PLACES
+from hybridize.data.world.words import draw_places
 
 SIZES = {1: (6, 4), 2: (9, 5), 3: (13, 6), 4: (18, 6), 5: (28, 7), 6: (44, 8), 7: (72, 8), 8: (130, 8)}
 """(facts, lookups) per level."""
 
-_PLACES = [f"{color} {place}" for color, place in product(COLORS, PLACES)]
 _STEP = re.compile(r"(\w+ \w+) (\d{3})")
 
 
 def draw(rng: Random, level: int) -> Problem:
     """A list of places, each with a three-digit code, and some places to look up."""
     num_facts, num_lookups = SIZES[level]
-    codes = {place: f"{rng.randrange(1000):03d}" for place in rng.sample(_PLACES, num_facts)}
+    codes = {place: f"{rng.randrange(1000):03d}" for place in draw_places(rng, num_facts)}
     places = list(codes)
     asked = rng.sample(range(num_facts), num_lookups)
     wanted = [places[i] for i in asked]

@@ -1,21 +1,18 @@
 """State tracking: places hold codes and swap them; each step needs the newest code of two places."""
 
-from itertools import product
 from random import Random
 
 from hybridize.data.world.problem import Problem, StepError, Task
-from hybridize.data.world.words import COLORS, PLACES
+from hybridize.data.world.words import draw_places
 
 SIZES = {1: (4, 3), 2: (4, 4), 3: (4, 6), 4: (5, 8), 5: (5, 12), 6: (6, 18), 7: (7, 28), 8: (8, 44)}
 """(places, swaps) per level."""
-
-_PLACES = [f"{color} {place}" for color, place in product(COLORS, PLACES)]
 
 
 def draw(rng: Random, level: int) -> Problem:
     """Places with a code each, a series of swaps, and a question about one of the places."""
     num_places, num_swaps = SIZES[level]
-    places = rng.sample(_PLACES, num_places)
+    places = draw_places(rng, num_places)
     codes = [f"{code:03d}" for code in rng.sample(range(1000), num_places)]
     swaps = [(a, b) for a, b in (rng.sample(range(num_places), 2) for _ in range(num_swaps))]
     asked = rng.randrange(num_places)

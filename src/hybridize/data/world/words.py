@@ -1,5 +1,9 @@
 """The world's vocabulary: short common words, so that a small tokenizer holds each as one token."""
 
+import math
+from itertools import product
+from random import Random
+
 COLORS = [
     "red",
     "blue",
@@ -50,3 +54,15 @@ PLACES = [
     "basket",
     "barrel",
 ]
+
+
+def draw_places(rng: Random, number: int) -> list[str]:
+    """Distinct places ("red box") that share colours and kinds, so that half of a name does not tell which is meant.
+
+    They are drawn from a grid of few colours by few kinds, about two thirds of it full. At most 168 (ValueError).
+    """
+    side = math.ceil(math.sqrt(1.5 * number))
+    num_kinds = min(side, len(PLACES))
+    num_colors = min(max(side, math.ceil(number / num_kinds)), len(COLORS))
+    colors, kinds = rng.sample(COLORS, num_colors), rng.sample(PLACES, num_kinds)
+    return rng.sample([f"{color} {kind}" for color, kind in product(colors, kinds)], number)
