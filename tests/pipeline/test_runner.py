@@ -14,7 +14,8 @@ import yaml
 from hybridize.pipeline.progress import Reporter
 from hybridize.pipeline.reporting import collect, rewrite_report
 from hybridize.pipeline.runner import run_recipe
-from hybridize.pipeline.stages import spec_for_key, to_dtype
+from hybridize.pipeline.job import to_dtype
+from hybridize.pipeline.stages import spec_for_key
 from hybridize.report import console_summary
 from hybridize.spec.recipe import parse_recipe
 from hybridize.spec.stages import DistillStage
@@ -73,14 +74,14 @@ def test_report_of_a_run_that_has_just_begun(tiny_recipe):
     recipe = parse_recipe(tiny_recipe)
     artifacts = run_recipe(recipe, QUIET)
     assert rewrite_report(Path(tiny_recipe["output"])).is_file()
-    console_summary(collect(recipe, artifacts))  # what the command prints in the end
+    console_summary(collect(recipe, 4, artifacts))  # what the command prints in the end
 
 
 def test_report_leaves_out_what_older_settings_made(tiny_recipe):
     run_recipe(parse_recipe(tiny_recipe), QUIET)
     run = Path(tiny_recipe["output"])
     recipe = json.loads((run / "recipe.json").read_text())
-    recipe["stages"][2]["learning_rate"] = 5e-4  # as if the changed recipe had been killed in its second stage
+    recipe["recipe"]["stages"][2]["learning_rate"] = 5e-4  # as if the changed recipe had been killed in its second stage
     (run / "recipe.json").write_text(json.dumps(recipe))
     rewrite_report(run)
     inputs = json.loads((run / "report" / "manifest.json").read_text())["inputs"]

@@ -54,7 +54,8 @@ RANK, CONVERT = {"kind": "rank"}, {"kind": "convert", "layers": [1]}
 ONE_FAULT = {
     "kind": (
         [{"kind": "rnk"}],
-        "recipe.stages[0].kind: 'rnk' is unknown; use one of traces, rank, convert, fit, distill, sft, on_policy, merge, schedule, evaluate, harness, text, throughput, report; "
+        "recipe.stages[0].kind: 'rnk' is unknown; use one of traces, rank, convert, fit, distill, sft, on_policy, "
+        "merge, schedule, evaluate, harness, text, throughput, report; "
         "did you mean 'rank'?",
     ),
     "no kind": ([RANK, {"name": "x"}], "recipe.stages[1]: its kind is missing; add kind"),

@@ -53,7 +53,7 @@ def digest_of(value: object) -> str:
 
 
 def fingerprint_model(path: str | Path, *, whole: bool = False) -> str:
-    """What identifies a model: its name on the hub, or the content of its folder.
+    """What identifies a model: its name and revision on the hub, or the content of its folder.
 
     Args:
         path: folder or name.
@@ -62,13 +62,23 @@ def fingerprint_model(path: str | Path, *, whole: bool = False) -> str:
     """
     folder = Path(path)
     if not folder.is_dir():
-        return f"hub:{path}"
+        return f"hub:{path}@{_revision(str(path))}"
     parts = []
     for file in sorted(folder.iterdir()):
         known = file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt") and file.name != MANIFEST
         if known and file.is_file():
             parts.append([file.name, file.stat().st_size, fingerprint_file(file) if whole else _sample(file)])
     return digest_of(parts)
+
+
+def _revision(name: str) -> str:
+    """The commit of a hub repository that would be loaded; empty if the hub does not say."""
+    from transformers import PreTrainedConfig
+
+    try:
+        return str(PreTrainedConfig.get_config_dict(name)[0].get("_commit_hash") or "")
+    except OSError:
+        return ""
 
 
 def fingerprint_file(path: str | Path) -> str:

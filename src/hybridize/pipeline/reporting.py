@@ -20,6 +20,7 @@ from hybridize.report import (
     StageCost,
     write_report,
 )
+from hybridize.spec.expansion import expand
 from hybridize.spec.recipe import RecipeSpec, parse_recipe
 from hybridize.spec.stages import (
     TEACHER,
@@ -32,8 +33,18 @@ from hybridize.spec.stages import (
 )
 
 
-def collect(recipe: RecipeSpec, artifacts: Mapping[str, Artifact], title: str | None = None) -> ReportData:
-    """Everything that finished stages have to tell."""
+def collect(
+    written: RecipeSpec, num_layers: int, artifacts: Mapping[str, Artifact], title: str | None = None
+) -> ReportData:
+    """Everything that finished stages have to tell.
+
+    Args:
+        written: the recipe as its author wrote it.
+        num_layers: of the teacher.
+        artifacts: finished stages by name.
+        title: of the report.
+    """
+    recipe = expand(written, num_layers)
     convert = next((s for s in recipe.stages if isinstance(s, ConvertStage) and s.name in artifacts), None)
     rankings = _rankings(recipe, artifacts)
     untouched = ["attention"] * (len(rankings[0].scores) if rankings else 0)
@@ -44,7 +55,7 @@ def collect(recipe: RecipeSpec, artifacts: Mapping[str, Artifact], title: str | 
         created=created,
         teacher=Path(recipe.teacher).name,
         layout=tuple(layout),
-        recipe=yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
+        recipe=yaml.safe_dump(written.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
         versions=library_versions(),
         rankings=tuple(rankings),
         losses=tuple(_losses(recipe, artifacts)),
@@ -55,19 +66,26 @@ def collect(recipe: RecipeSpec, artifacts: Mapping[str, Artifact], title: str | 
 
 
 def make_report(
-    stage: ReportStage, recipe: RecipeSpec, artifacts: Mapping[str, Artifact], output: Path, *, anew: bool = False
+    stage: ReportStage,
+    written: RecipeSpec,
+    num_layers: int,
+    artifacts: Mapping[str, Artifact],
+    output: Path,
+    *,
+    anew: bool = False,
 ) -> Artifact:
     """Write the page and its pictures into a folder of the run, unless they stand.
 
     Args:
         stage: gives the folder's name and the title.
-        recipe: the whole job.
+        written: the whole job, as its author wrote it.
+        num_layers: of the teacher.
         artifacts: finished stages by name.
         output: the run's folder.
         anew: write them even if they stand.
     """
     inputs = {name: artifact.digest for name, artifact in artifacts.items()}
-    key = digest_of({"kind": "report", "recipe": recipe.model_dump(mode="json"), "inputs": inputs})
+    key = digest_of({"kind": "report", "recipe": written.model_dump(mode="json"), "inputs": inputs})
     folder = output / stage.name
     standing = None if anew else read_artifact(folder, key)
     if standing is not None:
@@ -78,7 +96,7 @@ def make_report(
         key=key,
         spec=stage.model_dump(mode="json"),
         inputs=inputs,
-        work=lambda partial: {"page": write_report(partial, collect(recipe, artifacts, stage.title)).name},
+        work=lambda partial: {"page": write_report(partial, collect(written, num_layers, artifacts, stage.title)).name},
         replace=True,
     )
 
@@ -96,8 +114,10 @@ def rewrite_report(run: Path) -> Path:
     if not file.is_file():
         raise ValueError(f"{run}: it holds no recipe.json, so it is no run; give the output folder of `hybridize run`")
     try:
-        recipe = parse_recipe(json.loads(file.read_text()))
-    except ValueError as error:
+        facts = json.loads(file.read_text())
+        written, num_layers = parse_recipe(facts["recipe"]), int(facts["num_layers"])
+        recipe = expand(written, num_layers)
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: it is damaged ({error}); run the recipe again") from None
     artifacts: dict[str, Artifact] = {}
     for stage in recipe.stages:
@@ -106,7 +126,7 @@ def rewrite_report(run: Path) -> Path:
             artifacts[stage.name] = artifact
     free = "report" if all(stage.name != "report" for stage in recipe.stages) else "report-page"
     report = next((stage for stage in recipe.stages if isinstance(stage, ReportStage)), ReportStage(name=free))
-    made = make_report(report, recipe, artifacts, run, anew=True)
+    made = make_report(report, written, num_layers, artifacts, run, anew=True)
     return made.folder / made.metrics["page"]
 
 

@@ -17,11 +17,33 @@ from hybridize.pipeline.artifacts import (
 )
 from hybridize.pipeline.planning import read_teacher_config
 from hybridize.pipeline.progress import Reporter, quiet_libraries
-from hybridize.pipeline.stages import READS_DATA, RUNNERS, SCRATCH, Job, spec_for_key
-from hybridize.spec.data import WORLD_VERSION, DataSpec, FileDataSpec
+from hybridize.pipeline.stages import (
+    RUNNERS,
+    SCRATCH,
+    Job,
+    files_of,
+    judges_in_world,
+    spec_for_key,
+)
+from hybridize.spec.data import WORLD_VERSION, DataSpec, FileDataSpec, HubDataSpec, TracesDataSpec, WorldDataSpec
+from hybridize.spec.expansion import expand
 from hybridize.spec.layout import check_layers
 from hybridize.spec.recipe import RecipeSpec
-from hybridize.spec.stages import ConvertStage, EvaluateStage, ReportStage, StageSpec
+from hybridize.spec.stages import (
+    ConvertStage,
+    DataStage,
+    EvaluateStage,
+    FitStage,
+    HarnessStage,
+    MergeStage,
+    RankStage,
+    ReportStage,
+    StageSpec,
+    TextStage,
+    ThroughputStage,
+    TracesStage,
+    TrainStage,
+)
 
 RECIPE_FILE = "recipe.json"
 
@@ -32,44 +54,45 @@ def run_recipe(recipe: RecipeSpec, reporter: Reporter | None = None) -> dict[str
     A stage whose result stands, made from the same spec, data, teacher and inputs, is skipped.
 
     Returns:
-        The finished stages by name.
+        The finished stages by name, in the order of `expand(recipe, ...)`.
 
     Raises:
         ValueError: the recipe does not fit the teacher, an input is malformed, or an artifact was damaged.
     """
     reporter = reporter or Reporter()
-    check_against_teacher(recipe)
+    written, num_layers = recipe, check_against_teacher(recipe)
+    recipe = expand(written, num_layers)
     output = recipe.output_folder
     for stage in recipe.stages:
         check_target(output / stage.name, replace=True)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / RECIPE_FILE, json.dumps(recipe.model_dump(mode="json"), indent=1))
+        facts = {"num_layers": num_layers, "recipe": written.model_dump(mode="json")}
+        write_whole(output / RECIPE_FILE, json.dumps(facts, indent=1))
     job = Job(recipe.teacher, recipe.data, reporter)
-    teacher_print, data_print = fingerprint_model(recipe.teacher), fingerprint_data(recipe.data)
+    teacher_print = fingerprint_model(recipe.teacher)
     for number, stage in enumerate(recipe.stages, 1):
         reporter.say(f"[bold]{number}/{len(recipe.stages)} {stage.name}[/bold]  {describe(stage)}")
         if isinstance(stage, ReportStage):
             from hybridize.pipeline.reporting import make_report
 
-            artifact = make_report(stage, recipe, job.artifacts, output)
+            artifact = make_report(stage, written, num_layers, job.artifacts, output)
         else:
-            artifact = run_stage(stage, job, output / stage.name, teacher_print, data_print, replace=True)
+            artifact = run_stage(stage, job, output / stage.name, teacher_print, replace=True)
         job.artifacts[stage.name] = artifact
         reporter.say(f"  {outcome(stage, artifact)}")
     return job.artifacts
 
 
-def run_stage(
-    stage: StageSpec, job: Job, folder: Path, teacher_print: str, data_print: str, *, replace: bool = False
-) -> Artifact:
+def run_stage(stage: StageSpec, job: Job, folder: Path, teacher_print: str, *, replace: bool = False) -> Artifact:
     """Run one stage, unless its result stands."""
     kind = getattr(stage, "kind")  # noqa: B009 - every concrete stage has one, the base has not
     inputs = {"teacher": teacher_print} | {name: job.artifacts[name].digest for name in stage.inputs}
-    if kind in READS_DATA:
-        inputs["data"] = data_print
-    if kind == "evaluate":
+    if isinstance(stage, DataStage):
+        inputs["data"] = fingerprint_data(stage.data or job.data)
+    if judges_in_world(stage):
         inputs["world"] = str(WORLD_VERSION)
+    inputs |= {field: fingerprint_path(path, f"{stage.name}.{field}") for field, path in files_of(stage).items()}
     key = digest_of({"kind": kind, "spec": spec_for_key(stage), "inputs": inputs})
     quiet_libraries()
     standing = read_artifact(folder, key)
@@ -89,32 +112,49 @@ def run_stage(
 
 
 def fingerprint_data(data: DataSpec) -> str:
-    """What identifies training data: its spec, and a file's content.
+    """What identifies training data: its spec, and a file's content. Traces are identified by their stage's result.
 
     Raises:
         ValueError: the file is missing.
     """
     facts: dict[str, Any] = data.model_dump(mode="json")
-    if isinstance(data, FileDataSpec):
-        if not Path(data.path).is_file():
-            raise ValueError(f"data.path: there is no file {data.path}; check the path")
-        facts["sha256"] = fingerprint_file(data.path)
-        del facts["path"]
-    else:
-        facts["world"] = WORLD_VERSION
+    match data:
+        case FileDataSpec():
+            facts |= {"path": None, "sha256": fingerprint_path(data.path, "data.path")}
+        case HubDataSpec() if Path(data.dataset).is_dir():
+            facts |= {"dataset": None, "sha256": fingerprint_path(data.dataset, "data.dataset")}
+        case WorldDataSpec():
+            facts["world"] = WORLD_VERSION
+        case TracesDataSpec():
+            del facts["stage"]
     return digest_of(facts)
 
 
-def check_against_teacher(recipe: RecipeSpec) -> None:
-    """Find what a recipe asks of its teacher that the teacher does not have, before any work is done.
+def fingerprint_path(path: str, place: str) -> str:
+    """SHA-256 over a file's content, or over all files of a folder.
 
     Raises:
-        ValueError: a layer out of range, or the folder is no checkpoint.
+        ValueError: there is no such file or folder.
     """
-    config = read_teacher_config(recipe.teacher)
-    if config is None:
-        return
-    num_layers = config["num_hidden_layers"]
+    root = Path(path)
+    if root.is_file():
+        return fingerprint_file(root)
+    if not root.is_dir():
+        raise ValueError(f"{place}: there is no file {path}; check the path")
+    files = sorted(file for file in root.rglob("*") if file.is_file())
+    return digest_of([[str(file.relative_to(root)), fingerprint_file(file)] for file in files])
+
+
+def check_against_teacher(recipe: RecipeSpec) -> int:
+    """Find what a recipe asks of its teacher that the teacher does not have, before any work is done.
+
+    Returns:
+        The teacher's number of layers.
+
+    Raises:
+        ValueError: a layer out of range, or there is no checkpoint.
+    """
+    num_layers = int(read_teacher_config(recipe.teacher)["num_hidden_layers"])
     for place, layers in recipe.layers_named().items():
         check_layers(layers, num_layers, place)
     for position, stage in enumerate(recipe.stages):
@@ -123,6 +163,7 @@ def check_against_teacher(recipe: RecipeSpec) -> None:
                 f"recipe.stages[{position}].num_layers: {stage.num_layers} is out of range; the teacher has "
                 f"{num_layers} layers, use 1..{num_layers}"
             )
+    return num_layers
 
 
 def describe(stage: StageSpec) -> str:
@@ -134,32 +175,50 @@ def describe(stage: StageSpec) -> str:
                 if stage.layers is not None
                 else f"{stage.num_layers} layers by {stage.ranking}"
             )
-            return f"convert {where} to {stage.mixer.type}, init {stage.init}"
+            return f"convert {where} of {stage.model} to {stage.mixer.type}, init {stage.init}"
         case EvaluateStage():
             return f"judge {stage.model} on {stage.problems_per_task} problems of {len(stage.tasks)} tasks"
+        case RankStage():
+            return f"rank the layers of {stage.model} by {stage.method}"
+        case HarnessStage():
+            return f"judge {stage.model} on {', '.join(stage.tasks)}"
+        case MergeStage():
+            return f"merge {', '.join(stage.sources)} ({stage.method})"
         case _:
-            kind = getattr(stage, "kind")  # noqa: B009
-            return " ".join([kind, *stage.inputs])
+            kind = getattr(stage, "kind").replace("_", " ")  # noqa: B009
+            return " ".join([kind, *stage.models])
 
 
 def outcome(stage: StageSpec, artifact: Artifact) -> str:
     """What came out, in a line."""
     metrics = artifact.metrics
     seconds = f"({artifact.manifest['seconds']:.0f} s)"
-    match getattr(stage, "kind"):  # noqa: B009
-        case "rank":
-            return (
-                f"least important first: {metrics['order']} {seconds}"
-                if metrics["order"]
-                else f"evenly spaced {seconds}"
-            )
-        case "convert":
+    match stage:
+        case RankStage():
+            if not metrics["order"]:
+                return f"evenly spaced {seconds}"
+            return f"least important first: {metrics['order']} {seconds}"
+        case ConvertStage():
             return f"replaced {metrics['layers']} {seconds}"
-        case "distill":
-            return f"loss {metrics['final_loss_nats']:.4f} nat/token after {metrics['tokens']:,} tokens {seconds}"
-        case "evaluate":
+        case TracesStage():
+            return (
+                f"{metrics['num_verified']:,} of {metrics['num_answers']:,} answers right and kept, "
+                f"{metrics['num_tokens']:,} tokens {seconds}"
+            )
+        case TrainStage():
+            unit = "of the output's variance" if isinstance(stage, FitStage) else "nat/token"
+            stopped = f", {metrics['stopped']}" if metrics.get("stopped") else ""
+            loss = f"loss {metrics['final_loss_nats']:.4f} {unit}"
+            return f"{loss} after {metrics['tokens']:,} tokens{stopped} {seconds}"
+        case EvaluateStage():
             whole = metrics["overall"]
             share = f"{whole['accuracy']:.1%} [{whole['low']:.1%}, {whole['high']:.1%}]"
             return f"{whole['correct']} of {whole['total']} right, {share} {seconds}"
-        case _:
+        case TextStage():
+            return f"{metrics['nats_per_token']:.4f} nat/token, perplexity {metrics['perplexity']:.2f} {seconds}"
+        case ThroughputStage():
+            return f"{metrics['tokens_per_second']:,.0f} tokens/s {seconds}"
+        case ReportStage():
             return f"{artifact.folder / metrics['page']} {seconds}"
+        case _:
+            return f"done {seconds}"

@@ -51,7 +51,7 @@ def explain(error: ValidationError, root: str, fields: Iterable[str] = (), tags:
         is_key = fault["type"] in ("extra_forbidden", "missing")
         end = location[-1:] if is_key else ()
         inner = location[: len(location) - len(end)]
-        place = root + _path(tuple(part for part in inner if part not in kinds) + end)
+        place = root + _path(_without_tags(inner, kinds) + end)
         lines.append(_explain_fault(dict(fault), place, known))
     return "\n".join(lines)
 
@@ -91,6 +91,17 @@ _PLACE = re.compile(r"([a-z_]+)((\[\d+\])|(\.\w+))*: ")
 
 def _is_below(place: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
     return len(place) > len(other) and place[: len(other)] == other
+
+
+def _without_tags(location: tuple[int | str, ...], kinds: set[str]) -> tuple[int | str, ...]:
+    """Leave out the kinds of variants; a key that is called like one stands right behind its variant's kind."""
+    kept: list[int | str] = []
+    behind_tag = False
+    for part in location:
+        behind_tag = part in kinds and not behind_tag
+        if not behind_tag:
+            kept.append(part)
+    return tuple(kept)
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -12,6 +12,8 @@ from hybridize.spec.stages import (
     SftStage,
     StageSpec,
     ThroughputStage,
+    control_name,
+    distilled_name,
 )
 
 
@@ -33,12 +35,13 @@ def expand(recipe: RecipeSpec, num_layers: int) -> RecipeSpec:
     for position, written in enumerate(recipe.stages):
         stage = _redirect(written, stands_for)
         if isinstance(stage, ScheduleStage):
-            made = _spell_out(stage, num_layers, f"recipe.stages[{position}]")
-            stages += made
-            stands_for[stage.name] = next(s.name for s in reversed(made) if s.name.endswith("-distill"))
+            stages += _spell_out(stage, num_layers, f"recipe.stages[{position}]")
+            for meant, count in zip(stage.layers, stage.counts(num_layers), strict=True):
+                stands_for[distilled_name(stage, meant)] = distilled_name(stage, count)
+            stands_for[stage.name] = stands_for[distilled_name(stage, stage.layers[-1])]
         elif isinstance(stage, SftStage) and stage.teacher_control:
             stages.append(stage.model_copy(update={"teacher_control": False}))
-            control = {"name": f"{stage.name}-teacher", "model": TEACHER, "teacher_control": False}
+            control = {"name": control_name(stage), "model": TEACHER, "teacher_control": False}
             stages.append(stage.model_copy(update=control))
         else:
             stages.append(stage)
@@ -58,7 +61,8 @@ def _spell_out(schedule: ScheduleStage, num_layers: int, place: str) -> list[Sta
         if count in counts[position + 1 :]:
             continue  # scaled down, two stages became one
         name = f"{schedule.name}-{count}"
-        rank = schedule.rank.model_copy(
+        ranked = schedule.rank[position if len(schedule.rank) > 1 else 0]
+        rank = ranked.model_copy(
             update={
                 "name": f"{name}-rank",
                 "model": model,
@@ -81,7 +85,7 @@ def _spell_out(schedule: ScheduleStage, num_layers: int, place: str) -> list[Sta
         if schedule.fit is not None and first:
             stages.append(schedule.fit.model_copy(update={"name": f"{name}-fit", "model": stages[-1].name}))
         settings = schedule.distill[position if len(schedule.distill) > 1 else 0]
-        distill = settings.model_copy(update={"name": f"{name}-distill", "model": stages[-1].name})
+        distill = settings.model_copy(update={"name": distilled_name(schedule, count), "model": stages[-1].name})
         stages.append(distill)
         label = f"{count} of {num_layers}"
         judging: tuple[tuple[str, EvaluateStage | ThroughputStage | None], ...] = (

@@ -27,10 +27,23 @@ class LayoutSpec(Spec):
         Raises:
             ValueError: a layer is named that the teacher does not have, or one is named twice.
         """
+        return cls(layers=(AttentionSpec(),) * num_layers).with_replaced(replaced, mixer, place)
+
+    def with_replaced(self, replaced: Iterable[int], mixer: AttentionSpec | Mamba1Spec, place: str = "layers") -> Self:
+        """This layout with `mixer` in further layers (0-based) that are attention still.
+
+        Raises:
+            ValueError: a layer is named that there is not, is named twice, or is a mixer already.
+        """
         chosen = list(replaced)
-        check_layers(chosen, num_layers, place)
-        attention = AttentionSpec()
-        return cls(layers=tuple(mixer if layer in set(chosen) else attention for layer in range(num_layers)))
+        check_layers(chosen, len(self.layers), place)
+        for position, layer in enumerate(chosen):
+            if not isinstance(self.layers[layer], AttentionSpec):
+                raise ValueError(
+                    f"{place}[{position}]: layer {layer} is {self.layers[layer].type} already; name one that is "
+                    "attention still"
+                )
+        return type(self)(layers=tuple(mixer if i in set(chosen) else old for i, old in enumerate(self.layers)))
 
     @property
     def replaced(self) -> tuple[int, ...]:

@@ -27,6 +27,8 @@ from hybridize.spec.stages import (
     StopSpec,
     TextStage,
     TracesStage,
+    control_name,
+    distilled_name,
 )
 
 
@@ -58,6 +60,10 @@ class RecipeSpec(Spec):
                 raise ValueError(f"{place}.name: {stage.name!r} is taken; give each stage a name of its own")
             _check_stage(stage, place, kinds)
             kinds[stage.name] = stage.kind
+            if isinstance(stage, ScheduleStage):
+                kinds |= {distilled_name(stage, count): "distill" for count in stage.layers}
+            elif isinstance(stage, SftStage) and stage.teacher_control:
+                kinds[control_name(stage)] = "sft"
         return self
 
     @property
@@ -169,7 +175,7 @@ def _stage_beside(recipe: Path, stage: StageSpec) -> StageSpec:
     if isinstance(stage, TracesStage) and ":" in stage.verifier:
         changes["verifier"] = str(recipe.parent / stage.verifier)
     if isinstance(stage, ScheduleStage):
-        changes["rank"] = _stage_beside(recipe, stage.rank)
+        changes["rank"] = tuple(_stage_beside(recipe, inner) for inner in stage.rank)
         changes["fit"] = _stage_beside(recipe, stage.fit) if stage.fit else None
         changes["distill"] = tuple(_stage_beside(recipe, inner) for inner in stage.distill)
     return stage.model_copy(update=changes) if changes else stage

@@ -16,9 +16,9 @@ from hybridize.spec.stages.evaluate import (
 )
 from hybridize.spec.stages.merge import MergeStage
 from hybridize.spec.stages.rank import RankMethod, RankStage
-from hybridize.spec.stages.schedule import ScheduleStage
+from hybridize.spec.stages.schedule import ScheduleStage, distilled_name
 from hybridize.spec.stages.traces import TracesStage
-from hybridize.spec.stages.train import DistillStage, FitStage, OnPolicyStage, SftStage, StopSpec
+from hybridize.spec.stages.train import DistillStage, FitStage, OnPolicyStage, SftStage, StopSpec, control_name
 
 AnyStage = Annotated[
     TracesStage
@@ -86,4 +86,6 @@ __all__ = [
     "ThroughputStage",
     "TracesStage",
     "TrainStage",
+    "control_name",
+    "distilled_name",
 ]

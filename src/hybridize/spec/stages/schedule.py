@@ -26,14 +26,15 @@ Throughput = Annotated[ThroughputStage, BeforeValidator(as_stage("throughput", m
 class ScheduleStage(MixedStage):
     """Convert in stages. It stands for a rank, a convert, perhaps a fit, and a distill stage per count of layers.
 
-    They are called `<name>-<count>-rank`, `-convert`, `-fit`, `-distill`, `-judge` and `-speed`; the schedule's own
-    name refers to the last model.
+    They are called `<name>-<count>-rank`, `-convert`, `-fit`, `-distill`, `-judge` and `-speed`. Other stages refer to
+    the last model by the schedule's own name, and to another by `<name>-<count>-distill` with the count as
+    written here, whatever it is scaled to.
 
     Attributes:
         layers: how many layers are mixers after each stage, ascending. The paper: 25, 27, 30, 34, 37, 40.
         of: the number of layers that these counts are meant for; they are scaled to the teacher's depth. Without it
             they are taken as they are.
-        rank: settings of the ranking before each stage; by default MMR on the current hybrid.
+        rank: settings of the ranking before the stages, for all or one for each; by default MMR on the current hybrid.
         mixer: what layers become.
         init: how it starts.
         fit: settings of the per-layer fit before the first distillation; by default there is none.
@@ -46,7 +47,7 @@ class ScheduleStage(MixedStage):
     kind: Literal["schedule"] = "schedule"
     layers: tuple[int, ...] = Field(min_length=1)
     of: int | None = Field(default=None, gt=0)
-    rank: Rank = Field(default_factory=lambda: RankStage(name="rank"))
+    rank: Annotated[tuple[Rank, ...], BeforeValidator(_as_list)] = (RankStage(name="rank"),)
     fit: Fit | None = None
     distill: Annotated[tuple[Distill, ...], BeforeValidator(_as_list)] = Field(min_length=1)
     evaluate: Evaluate | None = None
@@ -59,10 +60,11 @@ class ScheduleStage(MixedStage):
             raise ValueError(f"layers: {list(self.layers)} must be at least 1 and rise from stage to stage")
         if self.of is not None and self.layers[-1] > self.of:
             raise ValueError(f"layers: {self.layers[-1]} is more than of, {self.of}; no model has so many")
-        if len(self.distill) not in (1, len(self.layers)):
-            raise ValueError(
-                f"distill: {len(self.distill)} settings for {len(self.layers)} stages; give one, or one for each"
-            )
+        for field, settings in (("rank", self.rank), ("distill", self.distill)):
+            if len(settings) not in (1, len(self.layers)):
+                raise ValueError(
+                    f"{field}: {len(settings)} settings for {len(self.layers)} stages; give one, or one for each"
+                )
         return self
 
     def counts(self, num_layers: int) -> tuple[int, ...]:
@@ -80,3 +82,8 @@ class ScheduleStage(MixedStage):
     def models(self) -> tuple[str, ...]:
         """It starts from the teacher."""
         return (TEACHER,)
+
+
+def distilled_name(schedule: ScheduleStage, count: int) -> str:
+    """What the model with so many mixers is called."""
+    return f"{schedule.name}-{count}-distill"

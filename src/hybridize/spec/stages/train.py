@@ -72,6 +72,11 @@ class SftStage(TrainStage):
     teacher_control: bool = False
 
 
+def control_name(stage: SftStage) -> str:
+    """What the fine-tuned teacher beside a fine-tuned hybrid is called."""
+    return f"{stage.name}-teacher"
+
+
 class OnPolicyStage(TrainStage):
     """Distil on the student's own answers: it generates, the teacher scores, reverse KL on the student's tokens.
 

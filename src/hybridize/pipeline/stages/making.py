@@ -1,0 +1,58 @@
+"""The stages that make traces and models without training: traces, convert, merge."""
+
+from pathlib import Path
+from typing import Any
+
+from hybridize.files import write_whole
+from hybridize.pipeline.job import Job
+from hybridize.pipeline.stages.ranking import RANKING_FILE
+from hybridize.spec.stages import TEACHER, ConvertStage, MergeStage, TracesStage
+
+PLAN_FILE = "conversion.txt"
+
+
+def run_traces(stage: TracesStage, job: Job, folder: Path) -> dict[str, Any]:
+    """Let a model answer prompts and keep the verified answers in `traces.parquet`."""
+    raise NotImplementedError
+
+
+def run_convert(stage: ConvertStage, job: Job, folder: Path) -> dict[str, Any]:
+    """Convert a teacher, or further layers of a hybrid; the hybrid and its plan go to the folder."""
+    import torch
+
+    from hybridize.models import cache_bytes, layout_of, load_teacher
+    from hybridize.transfer import convert
+
+    teacher = load_teacher(job.teacher)
+    source = teacher if stage.model == TEACHER else job.load_model(stage.model)
+    layers = chosen_layers(stage, job)
+    layout = layout_of(source.config).with_replaced(layers, stage.mixer, f"{stage.name}.layers")
+    hybrid, plan = convert(source, layout, stage.init, stage.seed, share=True)
+    write_whole(folder / PLAN_FILE, f"{plan}\n")
+    hybrid.save_pretrained(folder)
+    job.tokenizer().save_pretrained(folder)
+    memory = {
+        name: cache_bytes(model.config, torch.bfloat16) for name, model in (("teacher", teacher), ("hybrid", hybrid))
+    }
+    return {
+        "layers": list(layers),
+        "layout": [mixer.type for mixer in plan.layout.layers],
+        "memory": {name: {"kv_per_token": size.kv_per_token, "state": size.state} for name, size in memory.items()},
+    }
+
+
+def chosen_layers(stage: ConvertStage, job: Job) -> tuple[int, ...]:
+    """The layers that a convert stage replaces."""
+    from hybridize.importance import load_ranking
+
+    if stage.layers is not None:
+        return stage.layers
+    assert stage.ranking is not None
+    assert stage.num_layers is not None
+    ranking = load_ranking(job.artifacts[stage.ranking].folder / RANKING_FILE)
+    return ranking.choose(stage.num_layers, f"{stage.name}.num_layers")
+
+
+def run_merge(stage: MergeStage, job: Job, folder: Path) -> dict[str, Any]:
+    """Merge models of one layout."""
+    raise NotImplementedError
