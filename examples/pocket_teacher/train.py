@@ -2,9 +2,10 @@
 
     python examples/pocket_teacher/train.py --out pocket --compile
 
-One GPU, about eight minutes at 1.2M tokens/s. Killed and called again with the same arguments it goes on from its
-last checkpoint. Batch i is a pure function of i, so neither a restart nor the number of data workers changes what is
-trained on.
+6500 steps of 65,536 tokens, 426M in all: about seven minutes on one H100 at 1.06M tokens/s. The model and its
+tokenizer are then in `pocket/teacher`. Killed and called again with the same arguments it goes on from its last
+checkpoint. A batch is a pure function of its number and the number of steps, so neither a restart nor the number of
+data workers changes what is trained on.
 """
 
 import argparse
@@ -15,15 +16,7 @@ from random import Random
 import torch
 from tokenizer import train_tokenizer
 from torch.utils.data import Dataset
-from transformers import (
-    AutoTokenizer,
-    MistralConfig,
-    MistralForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import MistralConfig, MistralForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hybridize.data.chat import render
 from hybridize.data.world import MAX_LEVEL, TASKS, draw_problem
@@ -35,7 +28,6 @@ LEVEL_WEIGHT = {1: 1.0, 2: 1.2, 3: 1.4, 4: 1.4, 5: 1.0, 6: 0.7, 7: 0.4, 8: 0.2}
 BUCKETS = (80, 104, 128, 160, 208, 256, 336, 448, 640, 960, 1680)
 """Upper ends of the length classes; a batch holds problems of one class, so that little of it is padding."""
 
-
 WARM_SHARE = 0.15
 """Over this first share of the steps only levels 1 to 3 are seen: short problems form the heads that look things
 up, on which all the rest is built."""
@@ -45,12 +37,9 @@ WARM_LEVEL = 3
 class Batches(Dataset):
     """Ready-made batches of about `tokens` tokens, right-padded, never packed; labels on the completion only."""
 
-    def __init__(
-        self, tokenizer, tokens: int, length: int, max_level: int, warm_share: float, task_weight: dict[str, float]
-    ):
-        self.tokenizer, self.tokens, self.length, self.warm_share = tokenizer, tokens, length, warm_share
-        self.task_weight = task_weight
-        self.easy, self.full = self._classes(min(WARM_LEVEL, max_level)), self._classes(max_level)
+    def __init__(self, tokenizer, tokens: int, length: int):
+        self.tokenizer, self.tokens, self.length = tokenizer, tokens, length
+        self.easy, self.full = self._classes(WARM_LEVEL), self._classes(MAX_LEVEL)
 
     def _classes(self, max_level: int) -> list[tuple[int, list[tuple[str, int]]]]:
         """Cells (task, level) by length class."""
@@ -70,9 +59,9 @@ class Batches(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rng = Random(f"batch/{index}")
-        classes = self.easy if index < self.warm_share * self.length else self.full
-        end, cells = rng.choices(classes, [sum(map(self._weight, cells)) for _, cells in classes])[0]
-        per_problem = [self._weight(cell) for cell in cells]
+        classes = self.easy if index < WARM_SHARE * self.length else self.full
+        end, cells = rng.choices(classes, [sum(map(_weight, cells)) for _, cells in classes])[0]
+        per_problem = [_weight(cell) for cell in cells]
         rows = []
         for _ in range(max(1, self.tokens // end)):
             task, level = rng.choices(cells, per_problem)[0]
@@ -85,16 +74,9 @@ class Batches(Dataset):
             labels[row, num_prompt : len(ids)] = torch.tensor(ids[num_prompt:])
         return {"input_ids": input_ids, "labels": labels}
 
-    def _weight(self, cell: tuple[str, int]) -> float:
-        return self.task_weight[cell[0]] * LEVEL_WEIGHT[cell[1]]
 
-
-def _task_weights(text: str) -> dict[str, float]:
-    """`recall=3,swaps=1` -> the default weights with these changed."""
-    given = {task: float(weight) for task, _, weight in (part.partition("=") for part in text.split(","))}
-    if unknown := set(given) - set(TASK_WEIGHT):
-        raise ValueError(f"unknown task {', '.join(unknown)}; the tasks are {', '.join(TASK_WEIGHT)}")
-    return TASK_WEIGHT | given
+def _weight(cell: tuple[str, int]) -> float:
+    return TASK_WEIGHT[cell[0]] * LEVEL_WEIGHT[cell[1]]
 
 
 class Pace(TrainerCallback):
@@ -160,20 +142,13 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--save-every", type=int, default=1000)
-    parser.add_argument("--start", type=Path, help="go on from this model and its tokenizer, not from scratch")
-    parser.add_argument("--max-level", type=int, default=MAX_LEVEL, help="hardest level to train on")
     parser.add_argument("--warmup", type=int, default=400, help="steps of learning-rate warm-up")
-    parser.add_argument("--task-weights", type=_task_weights, default=TASK_WEIGHT, help="e.g. recall=3,swaps=1")
     parser.add_argument("--compile", action="store_true", help="compile the decoder layers (pays on a GPU)")
     args = parser.parse_args()
 
     set_seed(0)
-    if args.start:
-        tokenizer = AutoTokenizer.from_pretrained(args.start)
-        model = MistralForCausalLM.from_pretrained(args.start, dtype=torch.float32)
-    else:
-        tokenizer = train_tokenizer()
-        model = build_model(tokenizer)
+    tokenizer = train_tokenizer()
+    model = build_model(tokenizer)
     print(f"{model.num_parameters() / 1e6:.2f}M parameters, vocabulary {len(tokenizer)}", flush=True)
     if args.compile:
         torch._dynamo.config.cache_size_limit = 64
@@ -195,7 +170,7 @@ def main() -> None:
             optim="adamw_torch_fused" if on_gpu else "adamw_torch",
             bf16=on_gpu,
             tf32=on_gpu,
-            logging_steps=20 if args.start else 100,
+            logging_steps=100,
             save_steps=args.save_every,
             save_total_limit=1,
             dataloader_num_workers=args.workers,
@@ -206,14 +181,7 @@ def main() -> None:
             seed=0,
             train_sampling_strategy="sequential",
         ),
-        train_dataset=Batches(
-            tokenizer,
-            args.tokens,
-            args.steps,
-            args.max_level,
-            0.0 if args.start else WARM_SHARE,
-            args.task_weights,
-        ),
+        train_dataset=Batches(tokenizer, args.tokens, args.steps),
         data_collator=lambda rows: rows[0],
         callbacks=[Pace(args.tokens)],
     )
@@ -225,12 +193,12 @@ def main() -> None:
 
 
 def save(model, tokenizer, out: Path) -> None:
-    """Write the model in bf16 with its tokenizer, in shards of at most 10 MB."""
+    """Write the model in bf16 with its tokenizer."""
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
     model.config.dtype = torch.bfloat16
     model.config.use_cache = True
     model.generation_config.use_cache = True
-    model.save_pretrained(out, state_dict=state, max_shard_size="10MB")
+    model.save_pretrained(out, state_dict=state)
     tokenizer.save_pretrained(out)
 
 

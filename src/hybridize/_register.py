@@ -73,10 +73,14 @@ def _once(what: str, action: Callable[..., None], *arguments: Any) -> None:
 
 def _register_configs(auto: Any) -> None:
     from hybridize.models.configs import hybrid_config_class
-    from hybridize.models.families import FAMILIES
+    from hybridize.models.families import FAMILIES, NotInTransformersError
 
     for family in FAMILIES.values():
-        auto.AutoConfig.register(family.hybrid_type, hybrid_config_class(family.model_type), exist_ok=True)
+        try:
+            config_class = hybrid_config_class(family.model_type)
+        except NotInTransformersError:
+            continue  # a family of a later transformers than the one installed
+        auto.AutoConfig.register(family.hybrid_type, config_class, exist_ok=True)
 
 
 def _register_model(auto: Any, model_type: str) -> None:

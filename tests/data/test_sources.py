@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 
-from hybridize.data.sources import iter_conversations
+from hybridize.data.sources import iter_conversations, read_prompts
 from hybridize.data.world import draw_problem, split_of
 from hybridize.spec.data import FileDataSpec, WorldDataSpec
 
@@ -64,8 +64,11 @@ MALFORMED = [
     ({"prompt": "x"}, "completion missing, keys are 'prompt'"),
     ({"prompt": "x", "completion": ""}, "completion: '' is empty; fill it in, or remove the line"),
     ({"prompt": " \n", "completion": "x"}, r"prompt: ' \\n' is empty"),
-    ({"prompt": ["x"], "completion": "x"}, r"prompt: \['x'\] is not text; write a string"),
-    ({"messages": [USER, ANSWER], "prompt": "x"}, "it has messages and prompt as well; keep one"),
+    ({"prompt": ["x"], "completion": "x"}, r"prompt\[0\]: 'x' is no message; write"),
+    (
+        {"messages": [USER, ANSWER], "prompt": "x"},
+        "it has messages and prompt as well, and the prompt 'x' is none of the messages; keep one",
+    ),
     ({"messages": "x" * 99}, r"messages: 'x{50,}\.\.\. is not a list of at least two messages"),
     ({"messages": [ANSWER]}, r"messages: \[\{.*\] is not a list of at least two messages"),
     ({"messages": [USER, "4"]}, r"messages\[1\]: '4' is no message; write"),
@@ -94,10 +97,62 @@ def test_file_that_is_no_text_or_empty_or_absent_is_refused(tmp_path, write_line
     binary = tmp_path / "binary.jsonl"
     binary.write_bytes(b"\xff\xfe\n")
     refuse(binary, r"binary.jsonl:1: it is not UTF-8 \(invalid start byte\); save")
-    refuse(write_lines("", " "), "traces.jsonl: it holds no conversation; write one a line")
+    refuse(write_lines("", " "), "traces.jsonl: it holds no conversation; write one a row")
     refuse(tmp_path / "none.jsonl", "none.jsonl: it cannot be read .*No such file.*; check the path")
     refuse(tmp_path, "it cannot be read .*directory")
 
 
 def _chunks(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def test_rows_may_tell_their_chat_twice_and_prompts_may_be_messages(write_lines):
+    twice = {"messages": [USER, ANSWER], "prompt": "2 + 2?", "completion": "4"}
+    lists = {"prompt": [USER], "completion": [ANSWER], "messages": None}
+    path = write_lines(twice, lists)
+    assert take(FileDataSpec(path=str(path)), 2) == [[USER, ANSWER]] * 2
+    path = write_lines(twice | {"completion": "5"})
+    with pytest.raises(ValueError, match=r"jsonl:1: it has messages and completion as well, and the completion '5' is"):
+        iter_conversations(FileDataSpec(path=str(path)), 0)
+
+
+def test_prompts_come_in_order_without_their_completion(write_lines):
+    path = write_lines(
+        {"prompt": "a", "completion": "b", "answer": 4, "id": 17},
+        {"messages": [USER, ANSWER], "answer": "four"},
+        {"messages": [USER, ANSWER, USER], "answer": None},
+        {"prompt": "not read"},
+    )
+    prompts = read_prompts(FileDataSpec(path=str(path)), 3, seed=5)
+    assert [prompt.messages for prompt in prompts] == [[{"role": "user", "content": "a"}], [USER], [USER, ANSWER, USER]]
+    assert [prompt.answer for prompt in prompts] == ["4", "four", None]
+    assert [prompt.id for prompt in prompts] == ["17", f"{path}:2", f"{path}:3"]
+    assert prompts[2].text == USER["content"]
+    assert len(read_prompts(FileDataSpec(path=str(path)), 99, seed=0)) == 4
+
+
+BAD_PROMPTS = [
+    ({"completion": "x"}, "prompt missing, keys are 'completion'; write"),
+    ({"messages": [ANSWER]}, "messages: there is none before the assistant's; write the user's message first"),
+    ({"messages": []}, r"messages: \[\] is not a list"),
+    ({"prompt": "x", "answer": ["4"]}, r"answer: \['4'\] is not text"),
+    ({"prompt": "x", "answer": True}, "answer: True is not text"),
+    ({"prompt": "x", "answer": " "}, "answer: ' ' is empty"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_PROMPTS, ids=range(len(BAD_PROMPTS)))
+def test_malformed_prompt_is_named_with_its_column_value_and_remedy(line, message, write_lines):
+    path = write_lines({"prompt": "fine"}, line)
+    with pytest.raises(ValueError, match=f"traces.jsonl:2: {message}"):
+        read_prompts(FileDataSpec(path=str(path)), 2, 0)
+
+
+def test_prompts_of_the_world_are_the_problems_that_are_trained_on():
+    prompts = read_prompts(WORLD, 9, seed=3)
+    chats = take(WORLD, 9, seed=3)
+    assert [prompt.messages for prompt in prompts] == [chat[:1] for chat in chats]
+    for prompt, chat in zip(prompts, chats, strict=True):
+        assert prompt.problem.messages == chat
+        assert prompt.answer == prompt.problem.answer
+    assert len({prompt.id for prompt in prompts}) == 9

@@ -67,7 +67,7 @@ class Parrot:
     ):
         assert (do_sample, num_beams, repetition_penalty) == (False, 1, 1.0)  # plainly greedy
         assert not torch.is_grad_enabled()
-        assert (pad_token_id, eos_token_id) == (self.pad, self.stop)
+        assert (pad_token_id, eos_token_id) == (self.pad, [self.stop])
         assert input_ids.shape == attention_mask.shape
         self.batch_sizes.append(len(input_ids))
         self.modes.append(self.training)
@@ -191,3 +191,44 @@ def test_a_random_model_runs_through_whatever_the_batch(tokenizer):
     assert [attempt.reply for attempt in together] == [attempt.reply for attempt in alone]
     assert all(attempt.num_tokens > 0 for attempt in together)
     assert model.training
+
+
+@pytest.fixture(scope="module")
+def trained():
+    from transformers import AutoTokenizer
+
+    from hybridize.models import load_teacher
+
+    folder = Path(__file__).parents[2] / "models" / "pocket-teacher"
+    return load_teacher(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+
+
+def test_several_samples_of_a_trained_teacher_give_pass_at_k(trained):
+    problems = [draw_problem(task, 1, "test", i) for task in ("recall", "addition") for i in range(3)]
+    attempts = generate_replies(*trained, problems, 12, samples=2, temperature=2.0, seed=1)
+    assert [attempt.problem for attempt in attempts] == [problem for problem in problems for _ in range(2)]
+    right = [attempt.verdict.answer_correct for attempt in attempts]
+    assert 0 < sum(right) < len(right)
+    summary = summarise(attempts, samples=2)
+    overall = summary["overall"]
+    assert (overall["correct"], overall["total"]) == (sum(right), 12)
+    assert summary["pass_at"] == overall["pass_at"]
+    assert summary["pass_at"]["1"]["accuracy"] == pytest.approx(sum(right) / 12) == overall["accuracy"]
+    solved = sum(right[i] or right[i + 1] for i in range(0, 12, 2))
+    assert summary["pass_at"]["2"]["accuracy"] == pytest.approx(solved / 6)
+    assert (overall["low"], overall["high"]) == tuple(summary["pass_at"]["1"][end] for end in ("low", "high"))
+    for task, numbers in (("recall", right[:6]), ("addition", right[6:])):
+        assert summary["tasks"][task]["pass_at"]["1"]["accuracy"] == pytest.approx(sum(numbers) / 6)
+    assert "pass_at" not in summarise(attempts[::2])
+
+
+def test_a_trained_teacher_is_right_however_often_it_is_asked(trained):
+    problems = [draw_problem("recall", 1, "test", i) for i in range(2)]
+    summary = evaluate_problems(*trained, problems, samples=2, temperature=0.6)
+    assert summary["pass_at"]["1"]["accuracy"] == summary["pass_at"]["2"]["accuracy"] == 1
+    assert summary["overall"]["steps_correct"] == 4
+
+
+def test_greedy_samples_are_refused(tokenizer, problems):
+    with pytest.raises(ValueError, match="samples 2: greedy answers are all the same; give a temperature"):
+        evaluate_problems(Parrot(tokenizer, problems, gold_of(tokenizer)), tokenizer, problems, samples=2)

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hybridize.pipeline.progress import Reporter
-from hybridize.pipeline.reporting import collect, rewrite_report
-from hybridize.pipeline.runner import run_recipe
+from hybridize.pipeline.collecting import collect
 from hybridize.pipeline.job import to_dtype
+from hybridize.pipeline.progress import Reporter
+from hybridize.pipeline.reporting import rewrite_report
+from hybridize.pipeline.runner import run_recipe
 from hybridize.pipeline.stages import spec_for_key
 from hybridize.report import console_summary
 from hybridize.spec.recipe import parse_recipe
@@ -81,7 +82,9 @@ def test_report_leaves_out_what_older_settings_made(tiny_recipe):
     run_recipe(parse_recipe(tiny_recipe), QUIET)
     run = Path(tiny_recipe["output"])
     recipe = json.loads((run / "recipe.json").read_text())
-    recipe["recipe"]["stages"][2]["learning_rate"] = 5e-4  # as if the changed recipe had been killed in its second stage
+    recipe["recipe"]["stages"][2]["learning_rate"] = (
+        5e-4  # as if the changed recipe had been killed in its second stage
+    )
     (run / "recipe.json").write_text(json.dumps(recipe))
     rewrite_report(run)
     inputs = json.loads((run / "report" / "manifest.json").read_text())["inputs"]

@@ -1,4 +1,4 @@
-"""Tiny teachers and hybrids, and packed rows of made-up documents."""
+"""Tiny teachers and hybrids, packed rows of made-up documents, and a run of each kind over them."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from hybridize.data.packing import PackedRows
 from hybridize.spec import LayoutSpec, Mamba1Spec
-from hybridize.spec.stages import DistillStage
+from hybridize.spec.stages import DistillStage, FitStage, OnPolicyStage, SftStage
+from hybridize.training import distill, distill_on_policy, finetune, fit, read_metrics
 from hybridize.transfer import convert
 
 VOCABULARY = 61
@@ -60,9 +61,9 @@ def build_rows(num_rows, seed=0, documents=((4, 9), (3, 7)), length=LENGTH):
     )
 
 
-def build_stage(**changes):
+def build_stage(spec=DistillStage, **changes):
     settings = {
-        "name": "distill",
+        "name": "train",
         "model": "hybrid",
         "steps": 6,
         "sequence_length": LENGTH,
@@ -71,7 +72,59 @@ def build_stage(**changes):
         "learning_rate": 3e-3,
         "save_every": 2,
     }
-    return DistillStage(**settings | changes)
+    return spec(**settings | changes)
+
+
+class Killed(BaseException):
+    """What a killed process would be, for one that must live on."""
+
+
+class NumberChat:
+    """A tokenizer whose messages are token ids in words."""
+
+    chat_template = "numbers"
+    eos_token_id = 3
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt, return_dict):
+        assert tokenize and not return_dict
+        assert add_generation_prompt
+        return [1, *map(int, messages[-1]["content"].split())]
+
+
+def build_prompts(num_prompts, seed=0):
+    rng = np.random.default_rng(seed)
+    words = [rng.integers(4, VOCABULARY, rng.integers(2, 9)) for _ in range(num_prompts)]
+    return [[{"role": "user", "content": " ".join(map(str, ids))}] for ids in words]
+
+
+STAGES = {"distill": DistillStage, "fit": FitStage, "sft": SftStage, "on_policy": OnPolicyStage}
+
+
+def train(kind, folder, *, kill_after=None, double=False, student=None, rows=None, **changes):
+    """Train a fresh student in a folder, perhaps until it is killed after a step: the result, weights, records."""
+    teacher = build_teacher()
+    if double:
+        teacher.double()
+    student = build_student(teacher) if student is None else student
+    own = {"prompts_per_step": 4, "max_new_tokens": 10} if kind == "on_policy" else {}
+    stage = build_stage(STAGES[kind], **own | changes)
+    rows = build_rows(stage.steps * stage.tokens_per_step // LENGTH) if rows is None else rows
+
+    def on_log(record, total):
+        assert total == stage.steps
+        if record["step"] == kill_after:
+            raise Killed
+
+    if kind == "distill":
+        result = distill(student, teacher, rows, stage, folder, on_log=on_log)
+    elif kind == "fit":
+        result = fit(student, teacher, rows, stage, folder, on_log=on_log)
+    elif kind == "sft":
+        result = finetune(student, rows, stage, folder, on_log=on_log)
+    else:
+        prompts = build_prompts(10)  # gone through more than once
+        result = distill_on_policy(student, teacher, prompts, NumberChat(), stage, folder, on_log=on_log)
+    return result, copy_of(student), read_metrics(folder / "metrics.jsonl")
 
 
 def copy_of(model):
@@ -109,10 +162,15 @@ def tools():
     """The builders above, for tests that need several of each."""
 
     class Tools:
+        killed = Killed
+        vocabulary = VOCABULARY
         teacher = staticmethod(build_teacher)
         student = staticmethod(build_student)
         rows = staticmethod(build_rows)
         stage = staticmethod(build_stage)
+        prompts = staticmethod(build_prompts)
+        chat = NumberChat()
+        train = staticmethod(train)
         copy_of = staticmethod(copy_of)
         assert_same = staticmethod(assert_same)
 

@@ -25,12 +25,15 @@ def test_distill_lowers_the_loss_and_records_every_step(teacher, tools, tmp_path
     assert [record["step"] for record in records] == list(range(1, 13))
     assert records[-1]["loss_nats"] < 0.6 * records[0]["loss_nats"]
     assert records[-1]["tokens"] == result.tokens == len(repeated.input_ids)
-    assert result.completion_tokens == repeated.stats["num_completion_tokens"]
+    assert records[-1]["loss_tokens"] == result.loss_tokens == repeated.stats["num_completion_tokens"]
+    assert records[0]["loss_tokens"] == rows.stats["num_completion_tokens"]
     assert result.final_loss_nats == records[-1]["loss_nats"]
+    assert (result.steps, result.stopped, result.final_loss_relative) == (12, "", None)
     assert result.seconds == pytest.approx(records[-1]["seconds"], abs=1e-3)
     assert result.num_trainable_parameters == sum(p.numel() for p in student.parameters())
     assert not student.training
     assert all(p.requires_grad and p.grad is None for p in student.parameters())
+    assert student.config.use_cache
 
 
 def test_distill_prints_nothing(llama, tools, tmp_path, capfd):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from hybridize.training import DivergedError, checkpoints, distill, read_metrics, trainer
+from hybridize.training import DivergedError, checkpoints, core, distill, read_metrics, trainer
 
 
 class Killed(BaseException):
@@ -73,14 +73,14 @@ def test_only_the_last_two_checkpoints_are_kept(undisturbed):
 
 def test_checkpoint_without_its_mark_is_ignored(run, undisturbed, tmp_path, monkeypatch):
     """Killed at the end of the second checkpoint, before its mark."""
-    marked = trainer.mark_complete
+    marked = core.mark_complete
 
     def mark_first_only(folder, identity):
         if folder.name != "checkpoint-2":
             raise Killed
         marked(folder, identity)
 
-    monkeypatch.setattr(trainer, "mark_complete", mark_first_only)
+    monkeypatch.setattr(core, "mark_complete", mark_first_only)
     with pytest.raises(Killed):
         run()
     monkeypatch.undo()

@@ -113,13 +113,25 @@ def test_only_attention_can_be_replaced(teacher):
             replace_layer(hybrid, layer, MIXER)
 
 
-def test_attention_bias_is_an_accounted_error():
+@pytest.mark.parametrize("init", INITS)
+def test_attention_bias_is_dropped_and_told(init):
     teacher = build_teacher("llama", attention_bias=True)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.q_proj\.bias.*no place.*init 'random'"):
-        convert(teacher, layout(1))
-    hybrid, plan = convert(teacher, layout(1), "random")
-    assert "model.layers.1.self_attn.o_proj.bias" in plan.transfers[1].dropped
+    hybrid, plan = convert(teacher, layout(1), init)
+    biases = {f"model.layers.1.self_attn.{name}_proj.bias" for name in "qkvo"}
+    assert biases <= plan.dropped.keys()
+    if init != "random":
+        assert biases == plan.dropped.keys()
+        lines = str(plan).splitlines()
+        assert lines[0].endswith(", 4 dropped")
+        assert "  o_proj.bias: dropped, since a mamba1 mixer's projections have no bias" in lines
     hybrid(TOKENS)
+
+
+def test_tensor_that_nobody_knows_is_an_error(teacher):
+    names = [*teacher.state_dict(), "model.layers.1.self_attn.sinks"]
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.sinks.*no place.*init 'random'"):
+        plan_conversion(teacher.config, names, layout(1))
+    assert "model.layers.1.self_attn.sinks" in plan_conversion(teacher.config, names, layout(1), "random").dropped
 
 
 def test_misfit_names_the_layer(teacher):

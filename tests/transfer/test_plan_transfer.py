@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import silu
 
 from hybridize.mixers import build_mixer
+from hybridize.models import Projection
 from hybridize.spec import AttentionGeometry, AttentionSpec, Mamba1Spec
 from hybridize.transfer import INITS, aligned_order, count_aligned, plan_transfer
 
@@ -169,13 +170,51 @@ def test_carried_tensors_keep_the_teachers_dtype():
     assert made["m.A_log"].dtype == torch.float32
 
 
-def test_bias_without_a_place_is_an_error_and_dropped_by_random():
-    names = [*draw_attention(), "self_attn.q_proj.bias"]
+@pytest.mark.parametrize("init", INITS)
+def test_biases_and_norms_are_dropped_with_a_reason(init):
+    names = [*draw_attention(), "self_attn.q_proj.bias", "self_attn.o_proj.bias", "self_attn.q_norm.weight"]
+    plan = plan_transfer(GEOMETRY, Mamba1Spec(state_size=4), init, norms=("q_norm", "k_norm"), source_tensors=names)
+    if init == "random":
+        assert plan.dropped.keys() == set(names)
+    else:
+        assert list(plan.dropped) == names[4:]
+        assert "self_attn.o_proj.bias: dropped, since a mamba1 mixer's projections have no bias" in str(plan)
+        assert "q_norm.weight: dropped, since a mamba1 mixer does not normalise what stands for queries" in str(plan)
+
+
+def test_tensor_without_a_place_is_an_error_and_dropped_by_random():
+    names = [*draw_attention(), "self_attn.q_norm.weight"]
     spec = Mamba1Spec(state_size=4)
     for init in ("aligned", "published"):
-        with pytest.raises(ValueError, match=r"self_attn\.q_proj\.bias: a mamba1 mixer has no place .*'random'"):
+        with pytest.raises(ValueError, match=r"self_attn\.q_norm\.weight: a mamba1 mixer has no place .*'random'"):
             plan_transfer(GEOMETRY, spec, init, source_tensors=names)
-    assert "self_attn.q_proj.bias" in plan_transfer(GEOMETRY, spec, "random", source_tensors=names).dropped
+    assert "self_attn.q_norm.weight" in plan_transfer(GEOMETRY, spec, "random", source_tensors=names).dropped
+
+
+FUSED = {
+    "kind": (range(48), range(48, 64), range(64, 80)),
+    "scattered": (range(79, 31, -1), range(0, 32, 2), range(1, 32, 2)),
+}
+
+
+@pytest.mark.parametrize("init", ["aligned", "published"])
+@pytest.mark.parametrize("lie", FUSED)
+def test_fused_projection_transfers_as_separate_ones_do(init, lie):
+    sources = draw_attention()
+    expected = plan_transfer(GEOMETRY, Mamba1Spec(state_size=4), init).apply(sources)
+    qkv = torch.empty(80, 24)
+    parts = []
+    for rows, name, what in zip(FUSED[lie], ("q_proj", "k_proj", "v_proj"), ("queries", "keys", "values"), strict=True):
+        qkv[list(rows)] = sources[f"self_attn.{name}.weight"]
+        parts.append(Projection("qkv", tuple(rows), what))
+    fused = {"self_attn.qkv.weight": qkv, "self_attn.dense.weight": sources["self_attn.o_proj.weight"]}
+    plan = plan_transfer(GEOMETRY, Mamba1Spec(state_size=4), init, projections=(*parts, "dense"))
+    assert set(plan.used) == set(fused)
+    made = plan.apply(fused)
+    for name, tensor in expected.items():
+        assert torch.equal(made[name], tensor), name
+    if lie == "kind":
+        assert "(x) the rows of self_attn.qkv.weight, 64..79 (its values)" in str(plan)
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,5 @@
 """Measuring speed: generation throughput."""
+
+from hybridize.bench.throughput import measure_throughput
+
+__all__ = ["measure_throughput"]

@@ -116,7 +116,21 @@ def merge(
     density: Annotated[float, typer.Option(help="Share of each difference that ties keeps.")] = 0.2,
 ) -> None:
     """Merge models of one layout into one, tensor by tensor."""
-    raise NotImplementedError
+    from hybridize.merging import merge as merge_models
+    from hybridize.pipeline.artifacts import writing
+    from hybridize.pipeline.progress import Reporter
+    from hybridize.spec.base import choose
+
+    choose("--method", method, ("linear", "slerp", "ties"))
+    try:
+        shares = tuple(float(part) for part in weights.split(",")) if weights else None
+    except ValueError:
+        raise ValueError(f"--weights: {weights!r} is no list of numbers; write e.g. 0.7,0.3") from None
+    with writing(out), Reporter().bar("merging") as advance:
+        stats = merge_models(
+            models, out, method=method, weights=shares, base=base, density=density, on_progress=advance
+        )
+    typer.echo(f"{out}: {method} of {len(models)} models, {stats['num_parameters'] / 1e6:,.1f}M parameters")
 
 
 def _parse_layers(layers: str | None, ranking: Path | None, num: int | None) -> tuple[tuple[int, ...], int | None]:

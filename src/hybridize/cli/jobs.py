@@ -11,7 +11,7 @@ from hybridize.cli.options import RecipeArgument
 
 def run(recipe: RecipeArgument) -> None:
     """Do a whole job: every stage of a recipe, going on where a killed run stopped."""
-    from hybridize.pipeline.reporting import collect
+    from hybridize.pipeline.collecting import collect
     from hybridize.pipeline.runner import check_against_teacher, run_recipe
     from hybridize.report import console_summary
     from hybridize.spec.recipe import load_recipe

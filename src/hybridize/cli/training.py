@@ -53,7 +53,7 @@ def traces(
         seed=seed,
     )
     metrics = run_alone(stage, teacher, data, out).metrics
-    typer.echo(f"{metrics['num_verified']:,} of {metrics['num_answers']:,} answers kept: {out / 'traces.parquet'}")
+    typer.echo(f"{metrics['verified']:,} of {metrics['samples']:,} answers kept: {out / 'traces.parquet'}")
 
 
 def fit(

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from hybridize.data.chat import check_chat_template, render
-from hybridize.data.sources import Conversation, iter_placed
-from hybridize.spec.data import FileDataSpec, WorldDataSpec
+from hybridize.data.sources import Conversation, ReadableData, iter_placed
 
 _PATIENCE = 1000  # documents in a row that may be too long before an endless source is given up
 
@@ -118,9 +117,7 @@ class PackedRows:
         return {"input_ids": input_ids, "position_ids": position_ids, "valid": valid}
 
 
-def pack_rows(
-    data: WorldDataSpec | FileDataSpec, tokenizer: Any, sequence_length: int, num_rows: int, seed: int
-) -> PackedRows:
+def pack_rows(data: ReadableData, tokenizer: Any, sequence_length: int, num_rows: int, seed: int) -> PackedRows:
     """Pack conversations into rows of whole documents, best fit first.
 
     A pure function of its arguments (and the file). A conversation longer than a row is left out and counted,

@@ -5,11 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hybridize.data.chat import render, render_prompt
+from hybridize.data.generation import GenerationSettings, Request, TransformersEngine, answer
 from hybridize.data.world import Problem, Verdict, judge
-from hybridize.evaluation.score import Score
+from hybridize.evaluation.score import PassAtK, Score
 
 
 @dataclass(frozen=True)
@@ -28,98 +27,102 @@ def evaluate_problems(
     problems: Sequence[Problem],
     batch_size: int = 64,
     on_progress: Callable[[int, int], None] | None = None,
+    samples: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Answer problems greedily and count right answers per task.
+    """Answer problems and count right answers per task.
 
     Args:
         model: a causal language model with `generate`.
         tokenizer: its tokenizer, with a chat template.
         problems: what to answer; at least one.
-        batch_size: problems answered at a time.
+        batch_size: answers generated at a time.
         on_progress: called with (answered, total) after each batch.
+        samples: answers to each problem; above 1 they are sampled, and pass@k is reported.
+        temperature: of sampling; 0 is greedy.
+        seed: of sampling, and of the bootstrap.
 
     Returns:
         The summary of `summarise`, with `seconds` and `num_tokens` generated.
 
     Raises:
-        ValueError: no problems, or no chat template.
+        ValueError: no problems, several samples without a temperature, or no chat template.
     """
     if not problems:
         raise ValueError("problems: none were given; ask for at least one")
     started = time.perf_counter()
-    attempts = generate_replies(model, tokenizer, problems, batch_size, on_progress)
-    summary = summarise(attempts)
+    attempts = generate_replies(model, tokenizer, problems, batch_size, on_progress, samples, temperature, seed)
+    summary = summarise(attempts, samples, seed)
     return summary | {
         "num_tokens": sum(attempt.num_tokens for attempt in attempts),
         "seconds": time.perf_counter() - started,
     }
 
 
-@torch.inference_mode()
 def generate_replies(
     model: Any,
     tokenizer: Any,
     problems: Sequence[Problem],
     batch_size: int = 64,
     on_progress: Callable[[int, int], None] | None = None,
+    samples: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[Attempt]:
-    """Greedy answers in batches of similar length, left-padded; in the order of `problems`.
+    """Answers in batches of similar length; in the order of `problems`, the samples of one problem together.
 
-    A reply may be half as long again as the gold one, plus 16 tokens; what runs on is cut there.
+    A reply may be half as long again as the gold one, plus 16 tokens; what runs on is cut there. Arguments are those of
+    `evaluate_problems`.
     """
-    was_training = model.training
-    model.eval()
-    prompts = [render_prompt(tokenizer, problem.messages[:1]) for problem in problems]
-    budgets = []
-    for problem in problems:
+    requests, longest = [], 1
+    for number, problem in enumerate(problems):
         gold = render(tokenizer, problem.messages)
-        budgets.append(3 * (len(gold.input_ids) - gold.num_prompt_tokens) // 2 + 16)
-    order = sorted(range(len(problems)), key=lambda i: (budgets[i], len(prompts[i])))
-    attempts: dict[int, Attempt] = {}
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
-        replies = _generate(model, tokenizer, [prompts[i] for i in batch], max(budgets[i] for i in batch))
-        for index, ids in zip(batch, replies, strict=True):
-            ids = ids[: budgets[index]]
-            reply = tokenizer.decode(ids, skip_special_tokens=True)
-            verdict = judge(problems[index], reply)
-            attempts[index] = Attempt(problems[index], reply, verdict, len(ids))
-        if on_progress:
-            on_progress(len(attempts), len(problems))
-    model.train(was_training)
-    return [attempts[i] for i in range(len(problems))]
+        budget = 3 * (len(gold.input_ids) - gold.num_prompt_tokens) // 2 + 16
+        longest = max(longest, budget)
+        prompt = render_prompt(tokenizer, problem.messages[:1])
+        requests += [Request(prompt, budget, number, sample) for sample in range(samples)]
+    settings = GenerationSettings(longest, temperature, samples=samples, seed=seed)
+    answers = answer(TransformersEngine(model, tokenizer, settings), requests, batch_size, on_progress)
+    attempts = []
+    for request, generated in zip(requests, answers, strict=True):
+        problem = problems[request.prompt]
+        verdict = judge(problem, generated.text)
+        attempts.append(Attempt(problem, generated.text, verdict, generated.num_tokens))
+    return attempts
 
 
-def summarise(attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """Scores overall and per task: right answers, and right answers by right steps."""
+def summarise(attempts: Sequence[Attempt], samples: int = 1, seed: int = 0) -> dict[str, Any]:
+    """Scores overall and per task: right answers, and right answers by right steps.
+
+    Args:
+        attempts: those of one problem together.
+        samples: how many that is.
+        seed: of the bootstrap.
+
+    Returns:
+        `overall` and `tasks`, by name: `correct`, `total`, `accuracy`, `low`, `high` (the 95% interval) and
+        `steps_correct`. With several samples, `correct` and `total` count attempts; since those on one problem are not
+        independent of one another, the interval is the bootstrap's over problems; and each of these, and the whole, has
+        `pass_at`: by k, 1 and `samples`, the share of problems that k samples solve as `accuracy`, `low`, `high`.
+    """
 
     def score(chosen: Sequence[Attempt]) -> dict[str, Any]:
         answers = Score(sum(attempt.verdict.answer_correct for attempt in chosen), len(chosen))
-        steps = Score(sum(attempt.verdict.correct for attempt in chosen), len(chosen))
-        return answers.as_dict() | {"steps_correct": steps.correct}
+        summary = answers.as_dict() | {"steps_correct": sum(attempt.verdict.correct for attempt in chosen)}
+        if samples == 1:
+            return summary
+        right = [
+            sum(attempt.verdict.answer_correct for attempt in chosen[i : i + samples])
+            for i in range(0, len(chosen), samples)
+        ]
+        pass_at = {str(k): PassAtK(tuple(right), samples, k, seed).as_dict() for k in (1, samples)}
+        return summary | {"low": pass_at["1"]["low"], "high": pass_at["1"]["high"], "pass_at": pass_at}
 
     tasks = sorted({attempt.problem.task for attempt in attempts})
-    return {
-        "overall": score(attempts),
+    overall = score(attempts)
+    summary = {
+        "overall": overall,
         "tasks": {task: score([a for a in attempts if a.problem.task == task]) for task in tasks},
     }
-
-
-def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-    width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    output = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    replies = output[:, width:].tolist()
-    stop = tokenizer.eos_token_id
-    return [reply[: reply.index(stop)] if stop in reply else reply for reply in replies]
+    return summary | ({"pass_at": overall["pass_at"]} if samples > 1 else {})

@@ -36,12 +36,12 @@ def run_layers(
         The base model's last hidden states, after its norm, [rows, length, hidden].
     """
     instead: dict[nn.Module, Callable[..., Any]] = {}
-    for position, layer in enumerate(_layers(model)):
+    for position, layer in enumerate(decoder_layers(model)):
         if position < first:
             instead[layer] = lambda *_, **__: hidden
         elif checkpoint and position > first:
             instead[layer] = partial(recompute, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    with _forwards(instead):
+    with other_forwards(instead):
         return _run(model, batch)
 
 
@@ -72,12 +72,12 @@ def run_up_to(
         return hidden_states
 
     instead: dict[nn.Module, Callable[..., Any]] = {}
-    for position, layer in enumerate(_layers(model)):
+    for position, layer in enumerate(decoder_layers(model)):
         if position >= stop:
             instead[layer] = catch
         elif position < first:
             instead[layer] = lambda *_, **__: hidden
-    with _forwards(instead):
+    with other_forwards(instead):
         _run(model, batch)
     return caught[0]
 
@@ -92,7 +92,7 @@ def _run(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 @contextmanager
-def _forwards(instead: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+def other_forwards(instead: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Give modules another forward for a while; a module's own hooks and attributes stay as they are."""
     own = {module: vars(module)["forward"] for module in instead if "forward" in vars(module)}
     try:

@@ -7,7 +7,16 @@ Names are resolved at first use, because the config classes must be importable w
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from hybridize.models.families import FAMILIES, ModelFamily, find_family, geometry_of
+from hybridize.models.families import (
+    FAMILIES,
+    UNSERVED,
+    LogitRule,
+    ModelFamily,
+    Projection,
+    find_family,
+    geometry_of,
+    logit_rule_of,
+)
 
 if TYPE_CHECKING:
     from hybridize.models.accounting import CacheBytes, cache_bytes
@@ -36,9 +45,12 @@ _HOMES = {
 
 __all__ = [
     "FAMILIES",
+    "UNSERVED",
     "CacheBytes",
+    "LogitRule",
     "MixerLayer",
     "ModelFamily",
+    "Projection",
     "attention_module",
     "cache_bytes",
     "check_output",
@@ -50,6 +62,7 @@ __all__ = [
     "layout_of",
     "load_model",
     "load_teacher",
+    "logit_rule_of",
     "resolve_layout",
     "save_hybrid",
     "swap_layer",

@@ -16,7 +16,8 @@ from hybridize.spec import AttentionSpec, Mamba1Spec
 class CacheBytes:
     """Bytes held per sequence: `kv_per_token` for each of its tokens, `state` once.
 
-    A sliding window bounds the first: attention then keeps at most the window's tokens.
+    A sliding window bounds the first: attention then keeps at most the window's tokens. Not counted are the two
+    numbers a token by which one mixer of some layouts counts the tokens seen.
     """
 
     kv_per_token: int

@@ -26,12 +26,21 @@ class MixerLayer(nn.Module):
         hidden_size: E, width of the residual stream.
         layer_idx: the layer's position in the decoder, which is its place in the cache.
         initializer_range: standard deviation of randomly initialised projections.
+        cache_argument: by what name the decoder layer hands over the cache.
     """
 
-    def __init__(self, spec: MixerSpec, hidden_size: int, layer_idx: int, initializer_range: float = 0.02) -> None:
+    def __init__(
+        self,
+        spec: MixerSpec,
+        hidden_size: int,
+        layer_idx: int,
+        initializer_range: float = 0.02,
+        cache_argument: str = "past_key_values",
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.layer_idx = layer_idx
+        self.cache_argument = cache_argument
         self.mixer = build_mixer(spec, hidden_size, initializer_range=initializer_range)
 
     def forward(
@@ -51,7 +60,7 @@ class MixerLayer(nn.Module):
             attention_mask: the mask made for attention; unused, since a mixer is causal by nature.
             position_ids: unused, since a mixer has no positional encoding.
             past_key_values: transformers' cache. Given, the layer goes on from its state and stores the new
-                one.
+                one. It may come by another name, `cache_argument`.
             mixer_valid: [batch, length], False at padding; handed down by the hybrid (see
                 `hybridize.models.hybrid`).
             mixer_starts: [batch, length], True at the first token of each packed document; ignored with a
@@ -61,6 +70,7 @@ class MixerLayer(nn.Module):
         Returns:
             [batch, length, hidden] and None in the place of attention weights.
         """
+        past_key_values = kwargs.get(self.cache_argument, past_key_values)
         if past_key_values is None:
             out_BLE, _ = self.mixer(hidden_states, starts_BL=mixer_starts, valid_BL=mixer_valid)
             return out_BLE, None
@@ -87,7 +97,7 @@ class MixerLayer(nn.Module):
         cache.update_conv_state(state.conv, self.layer_idx)
         cache.update_recurrent_state(state.ssm, self.layer_idx)
         if isinstance(cache.layers[self.layer_idx], CacheLayerMixin):
-            # No attention layer is left to count the tokens seen: count them here, in a key of width 1.
+            # transformers counts the tokens seen in this layer: let it, in a key of width 1.
             tick = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             cache.update(tick, tick, self.layer_idx)
 

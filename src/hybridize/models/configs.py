@@ -1,5 +1,6 @@
 """The hybrids' config classes, one per family: the teacher's config plus every layer's resolved mixer."""
 
+import copy
 import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -11,26 +12,39 @@ from hybridize.spec.base import Spec
 
 LINEAR = "linear_attention"
 CLOCK = "hybrid"
+SLIDING = "sliding_attention"
+FULL = "full_attention"
 
 
 class HybridConfigMixin:
     """What makes a family's config a hybrid's: the field `mixers`, one resolved mixer spec per layer.
 
     `mixers` is a list of plain dicts, e.g. `{"type": "attention"}` or `{"type": "mamba1", "d_inner": 4096,
-    ...}`; `None` means attention everywhere. `layer_types` follows from it and from the teacher's own
-    attention: it is what transformers' `DynamicCache` reads to give every layer the cache it needs.
+    ...}`; `None` means attention everywhere. `attention_types` is the kind of every layer's attention in the
+    teacher, such as Gemma's sliding and full attention in turns, replaced layers included. `layer_types`
+    follows from both: it is what transformers' `DynamicCache` reads to give every layer the cache it needs.
     """
 
     model_type: ClassVar[str]
     mixers: list[dict[str, Any]] | None
-    layer_types: list[str]
+    attention_types: list[str] | None
+    layer_types: list[str] | None
     num_hidden_layers: int
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("layer_types", None)  # derived below; Mistral's config warns when it is handed one
+        if "layer_types" in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
+            self.layer_types = self.attention_types  # the teacher's config fills in its own where there are none
         super().__post_init__(**kwargs)  # type: ignore[misc]
+        family = find_family(self.model_type)
+        self.attention_types = family.attention_types(self)
+        if len(self.attention_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"config.attention_types: it has {len(self.attention_types)} entries, but the model has "
+                f"{self.num_hidden_layers} layers; give one entry per layer, or leave it out"
+            )
         self.set_layout(read_layout(self.mixers, self.num_hidden_layers))
-        _register.register_model(find_family(self.model_type).model_type)
+        _register.register_model(family.model_type)
 
     @property
     def layout(self) -> LayoutSpec:
@@ -40,18 +54,26 @@ class HybridConfigMixin:
     @property
     def has_mixers(self) -> bool:
         """Whether any layer is not attention."""
-        return LINEAR in self.layer_types or CLOCK in self.layer_types
+        return any(mixer["type"] != "attention" for mixer in self.mixers or ())
+
+    @property
+    def _rope_type_labels(self) -> list[str] | None:
+        """The kinds of attention that may have a rotary embedding of their own; read by transformers."""
+        return self.attention_types or getattr(self, "layer_types", None)
 
     def set_layout(self, layout: LayoutSpec) -> None:
         """Replace the mixers; `layout` must be resolved and as long as the model."""
         self.mixers = [mixer.model_dump() for mixer in layout.layers]
-        types = find_family(self.model_type).attention_types(self)
+        types = self.attention_types or []
         replaced = layout.replaced
         self.layer_types = [LINEAR if layer in replaced else kind for layer, kind in enumerate(types)]
-        if len(replaced) == len(types):
-            # transformers asks an attention layer's cache for the number of tokens seen. Where none is left,
-            # layer 0 gets a cache that can also count (see MixerLayer).
-            self.layer_types[0] = CLOCK
+        # transformers asks the cache for the number of tokens seen: of an attention layer, or where some of them
+        # slide, of the first layer that does not (up to 5.22 even if it is a mixer). If the layer asked has become
+        # a mixer, it gets a cache that can also count (see MixerLayer).
+        mixed = {SLIDING, FULL} <= set(types)
+        asked = next(i for i, kind in enumerate(self.layer_types) if kind != SLIDING) if mixed else 0
+        if asked in replaced and (mixed or len(replaced) == len(types)):
+            self.layer_types[asked] = CLOCK
 
 
 def read_layout(mixers: Sequence[Any] | None, num_layers: int, place: str = "config.mixers") -> LayoutSpec:
@@ -79,6 +101,51 @@ def check_resolved(spec: Spec, place: str) -> None:
         raise ValueError(f"{place}.{open_fields[0]}: it is left open (None); resolve the layout before storing it")
 
 
+class BodyConfigMixin:
+    """A hybrid's config as its body sees it, the teacher's own modelling code.
+
+    The body asks `layer_types` which mask and which rotary embedding each layer's attention needs, and knows
+    no linear attention; so here they are the teacher's. Whoever asks for the config of the whole text model,
+    as the caches do, gets the hybrid's. All fields are shared with it, so that neither can fall behind.
+    """
+
+    __slots__ = ("whole",)
+    whole: Any
+
+    @property
+    def layer_types(self) -> list[str] | None:
+        """The kind of every layer's attention in the teacher."""
+        return self.whole.attention_types
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """The hybrid's config."""
+        return self.whole
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The hybrid's fields that are not at their default, as they are written to config.json."""
+        return self.whole.to_diff_dict()
+
+    def __reduce__(self) -> Any:
+        return body_config, (self.whole,)
+
+    def __copy__(self) -> Any:
+        return body_config(copy.copy(self.whole))
+
+
+def body_config(config: Any) -> Any:
+    """A hybrid's config as its body is to see it (see `BodyConfigMixin`)."""
+    body = object.__new__(_body_class(find_family(config.model_type).model_type))
+    object.__setattr__(body, "__dict__", config.__dict__)
+    object.__setattr__(body, "whole", config)
+    return body
+
+
+@functools.cache
+def _body_class(model_type: str) -> Any:
+    config_class = hybrid_config_class(model_type)
+    return type(f"{config_class.__name__}OfBody", (BodyConfigMixin, config_class), {"__slots__": ()})
+
+
 @functools.cache
 def hybrid_config_class(model_type: str) -> Any:
     """The hybrid's config class of one family, by the teacher's model type, e.g. `HybridLlamaConfig`."""
@@ -92,8 +159,9 @@ def _build(family: ModelFamily) -> Any:
     body = {
         "__module__": __name__,
         "__doc__": f"{family.config_class} plus `mixers`: the resolved mixer spec of every layer.",
-        "__annotations__": {"mixers": list[dict[str, Any]] | None},
+        "__annotations__": {"mixers": list[dict[str, Any]] | None, "attention_types": list[str] | None},
         "mixers": None,
+        "attention_types": None,
         "model_type": family.hybrid_type,
     }
     return strict(type(family.hybrid_config_class, (HybridConfigMixin, family.teacher_config()), body))

@@ -2,7 +2,8 @@
 
 `HybridLlamaForCausalLM(LlamaForCausalLM)` and its like are built by one factory from the table of families.
 Nothing of the teacher's modelling code is copied: `__init__` builds the teacher's modules and then replaces
-the attention modules of the layers whose entry in `config.mixers` is not attention.
+the attention modules of the layers whose entry in `config.mixers` is not attention. The body, that is the base
+model and all in it, sees the config with the teacher's own kinds of layers (see `BodyConfigMixin`).
 
 What a mixer must know beyond its input, padding and the starts of packed documents, is derived once per
 forward by a hook on the base model and travels to the layers as keyword arguments, which decoder layers pass
@@ -11,18 +12,17 @@ make them) are covered too.
 """
 
 import functools
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import find_packed_sequence_indices
 
 from hybridize.models.adapter import FP32_PATTERNS, MixerLayer
-from hybridize.models.configs import hybrid_config_class
+from hybridize.models.configs import body_config, hybrid_config_class
 from hybridize.models.families import FAMILIES, ModelFamily, find_family
-
-# The leading parameters of a decoder's forward, in their order: transformers' convention.
-_POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 
 
 class HybridMixin:
@@ -38,7 +38,8 @@ class HybridMixin:
     post_init: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        super().__init__(body_config(config), *args, **kwargs)  # type: ignore[call-arg]
+        self.config = config
         for layer in config.layout.replaced:
             set_attention_module(self, layer, make_mixer_layer(config, layer))
         self.base_model.register_forward_pre_hook(_hand_to_mixers, with_kwargs=True)
@@ -64,6 +65,7 @@ def make_mixer_layer(config: Any, layer: int) -> MixerLayer:
         config.hidden_size,
         layer,
         initializer_range=getattr(config, "initializer_range", None) or 0.02,
+        cache_argument=find_family(config.model_type).cache,
     )
 
 
@@ -85,7 +87,9 @@ def _hand_to_mixers(
     """Derive padding and document starts from a base model's inputs, as further keyword arguments."""
     if not module.config.has_mixers:
         return None
-    inputs = dict(zip(_POSITIONAL, args, strict=False)) | kwargs
+    inputs = kwargs
+    if args:  # their order differs between families
+        inputs = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     tokens = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
     if tokens is None:
@@ -166,12 +170,25 @@ def hybrid_model_class(model_type: str) -> Any:
 
 
 def _build(family: ModelFamily) -> Any:
+    _read_checkpoints_alike(family)
     body = {
         "__module__": __name__,
         "__doc__": f"{family.model_class} with the attention of some layers replaced by mixers (`config.mixers`).",
         "config_class": hybrid_config_class(family.model_type),
     }
     return type(family.hybrid_model_class, (HybridMixin, family.teacher_model()), body)
+
+
+def _read_checkpoints_alike(family: ModelFamily) -> None:
+    """Let a hybrid's checkpoint name and split its tensors as the teacher's does.
+
+    Some tensors lie otherwise on disk than in memory: a mixture's experts one by one, GPT-NeoX's head by another
+    name. transformers knows the rules by the model's class or type, so it must be told them for the hybrid's.
+    """
+    for own, hybrid in ((family.model_class, family.hybrid_model_class), (family.model_type, family.hybrid_type)):
+        rules = get_checkpoint_conversion_mapping(own)
+        if rules is not None:
+            register_checkpoint_conversion_mapping(hybrid, rules, overwrite=True)
 
 
 def __getattr__(name: str) -> Any:

@@ -112,6 +112,7 @@ def hybrid_config_of(config: Any, layout: LayoutSpec) -> Any:
     fields = config.to_dict()
     for name in ("model_type", "architectures", "mixers", "layer_types", "auto_map"):
         fields.pop(name, None)
+    fields["attention_types"] = family.attention_types(config)
     hybrid = hybrid_config_class(family.model_type).from_dict(fields)
     hybrid.architectures = [family.hybrid_model_class]
     hybrid.set_layout(layout)

@@ -65,6 +65,7 @@ def run_recipe(recipe: RecipeSpec, reporter: Reporter | None = None) -> dict[str
     output = recipe.output_folder
     for stage in recipe.stages:
         check_target(output / stage.name, replace=True)
+    _check_files(recipe)
     with writing(output):
         output.mkdir(parents=True, exist_ok=True)
         facts = {"num_layers": num_layers, "recipe": written.model_dump(mode="json")}
@@ -109,6 +110,20 @@ def run_stage(stage: StageSpec, job: Job, folder: Path, teacher_print: str, *, r
         scratch=SCRATCH.get(kind, ()),
         replace=replace,
     )
+
+
+def _check_files(recipe: RecipeSpec) -> None:
+    """Raise a `ValueError` before any work is done if a file that a stage will read is not there."""
+    sources = [("data", recipe.data)]
+    for stage in recipe.stages:
+        if isinstance(stage, DataStage) and stage.data is not None:
+            sources.append((f"{stage.name}.data", stage.data))
+        for field, path in files_of(stage).items():
+            if not Path(path).exists():
+                raise ValueError(f"{stage.name}.{field}: there is no file {path}; check the path")
+    for place, data in sources:
+        if isinstance(data, FileDataSpec) and not Path(data.path).is_file():
+            raise ValueError(f"{place}.path: there is no file {data.path}; check the path")
 
 
 def fingerprint_data(data: DataSpec) -> str:
@@ -202,13 +217,16 @@ def outcome(stage: StageSpec, artifact: Artifact) -> str:
             return f"replaced {metrics['layers']} {seconds}"
         case TracesStage():
             return (
-                f"{metrics['num_verified']:,} of {metrics['num_answers']:,} answers right and kept, "
-                f"{metrics['num_tokens']:,} tokens {seconds}"
+                f"{metrics['verified']:,} of {metrics['samples']:,} answers right and kept, "
+                f"{metrics['verified_tokens']:,} tokens {seconds}"
             )
         case TrainStage():
-            unit = "of the output's variance" if isinstance(stage, FitStage) else "nat/token"
-            stopped = f", {metrics['stopped']}" if metrics.get("stopped") else ""
-            loss = f"loss {metrics['final_loss_nats']:.4f} {unit}"
+            stopped = f", {metrics['stopped']}" if metrics["stopped"] else ""
+            loss = (
+                f"loss {metrics['final_loss_relative']:.4f} of the output's mean square"
+                if isinstance(stage, FitStage)
+                else f"loss {metrics['final_loss_nats']:.4f} nat/token"
+            )
             return f"{loss} after {metrics['tokens']:,} tokens{stopped} {seconds}"
         case EvaluateStage():
             whole = metrics["overall"]

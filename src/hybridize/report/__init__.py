@@ -5,26 +5,39 @@ short form. Nothing here computes a result: every number shown was measured else
 by a line of arithmetic.
 """
 
-from hybridize.report.data import (
+from hybridize.report.data import TEACHER, Model, ReportData, TokenSpend
+from hybridize.report.measures import (
     CacheMemory,
     Evaluation,
+    HarnessScore,
     LossCurve,
+    Merge,
     Ranking,
-    ReportData,
     Score,
     StageCost,
+    TextScore,
+    Throughput,
+    Traces,
 )
 from hybridize.report.page import render_page, write_report
 from hybridize.report.summary import console_summary, headline
 
 __all__ = [
+    "TEACHER",
     "CacheMemory",
     "Evaluation",
+    "HarnessScore",
     "LossCurve",
+    "Merge",
+    "Model",
     "Ranking",
     "ReportData",
     "Score",
     "StageCost",
+    "TextScore",
+    "Throughput",
+    "TokenSpend",
+    "Traces",
     "console_summary",
     "headline",
     "render_page",

@@ -3,123 +3,64 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from hybridize.report.measures import (
+    CacheMemory,
+    Evaluation,
+    HarnessScore,
+    LossCurve,
+    Merge,
+    Ranking,
+    StageCost,
+    TextScore,
+    Throughput,
+    Traces,
+)
 
-@dataclass(frozen=True)
-class Ranking:
-    """One method's opinion on which layers matter.
-
-    Attributes:
-        method: its name, e.g. `MMR` or `uniform`.
-        scores: importance of each layer of the teacher, in `unit`; None where the method gave none.
-        order: layers from the least important to the most; it may be partial.
-        chosen: the layers this ranking would replace (or did).
-        unit: what the scores are measured in.
-        is_control: whether the method ignores the model (uniform, random) and is there to be beaten.
-    """
-
-    method: str
-    scores: tuple[float | None, ...]
-    order: tuple[int, ...]
-    chosen: tuple[int, ...]
-    unit: str = "nat/token"
-    is_control: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("order", "chosen"):
-            layers = getattr(self, name)
-            if len(set(layers)) != len(layers):
-                raise ValueError(f"ranking {self.method!r}: {name} names a layer twice: {list(layers)}")
-            outside = [layer for layer in layers if not 0 <= layer < len(self.scores)]
-            if outside:
-                raise ValueError(
-                    f"ranking {self.method!r}: {name} names layers {outside}; "
-                    f"scores (None where unknown) are given for 0..{len(self.scores) - 1}"
-                )
+TEACHER = "teacher"
+"""The name, and the point, of the model that all others are compared with."""
 
 
 @dataclass(frozen=True)
-class LossCurve:
-    """A training run's loss over time.
+class TokenSpend:
+    """What one stage trained on."""
+
+    stage: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the study; what was measured of it refers to it by `name`.
 
     Attributes:
-        name: identifies the run among the artifacts.
-        label: what to call it in the legend.
-        steps: optimiser steps, one per point.
-        losses_nats: loss at each point, in nat per token.
-        tokens: tokens trained on up to each point.
-        is_control: whether the run is there to be beaten (e.g. from random initialisation).
+        name: the stage that made it, or `teacher`.
+        label: what to call it in charts and tables.
+        num_mixers: how many of its layers are mixers; None if unknown. 0 for the teacher.
+        tokens: what each stage on its way from the teacher trained on, its own stage included, in order. A stage
+            that two parents share (the trunk of a merge) stands once.
+        is_control: whether the model is there to be beaten.
     """
 
     name: str
     label: str
-    steps: tuple[int, ...]
-    losses_nats: tuple[float, ...]
-    tokens: tuple[int, ...]
+    num_mixers: int | None = None
+    tokens: tuple[TokenSpend, ...] = ()
     is_control: bool = False
 
     def __post_init__(self) -> None:
-        if not len(self.steps) == len(self.losses_nats) == len(self.tokens):
-            raise ValueError(
-                f"loss curve {self.name!r}: {len(self.steps)} steps, {len(self.losses_nats)} losses and "
-                f"{len(self.tokens)} token counts; give one of each per point"
-            )
+        stages = [spend.stage for spend in self.tokens]
+        if len(set(stages)) != len(stages):
+            raise ValueError(f"model {self.name!r}: tokens count a stage twice: {stages}; list each stage once")
 
+    @property
+    def is_teacher(self) -> bool:
+        """Whether it is the teacher itself."""
+        return self.name == TEACHER
 
-@dataclass(frozen=True)
-class Score:
-    """Right answers out of all, as shares in 0..1 with the ends of a 95% interval."""
-
-    correct: int
-    total: int
-    accuracy: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """How well one model answers.
-
-    Attributes:
-        point: which model of the study: `teacher`, `converted`, `distilled`, `random init: distilled`, ...
-            The headline reads `teacher`, `distilled` and `random init: distilled`.
-        label: what to call it in charts and tables.
-        overall: over all tasks.
-        tasks: by task; may be empty.
-        steps_correct: of the `overall.total` answers, those with every step right too; None if not judged.
-        is_control: whether the model is there to be beaten.
-    """
-
-    point: str
-    label: str
-    overall: Score
-    tasks: Mapping[str, Score] = field(default_factory=dict)
-    steps_correct: int | None = None
-    is_control: bool = False
-
-
-@dataclass(frozen=True)
-class CacheMemory:
-    """What a sequence holds: `kv_bytes_per_token` x its length in tokens + `state_bytes_per_sequence`."""
-
-    label: str
-    kv_bytes_per_token: int
-    state_bytes_per_sequence: int
-
-    def bytes_at(self, context_tokens: float) -> float:
-        """Bytes of cache of one sequence of that many tokens."""
-        return self.kv_bytes_per_token * context_tokens + self.state_bytes_per_sequence
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """What a stage took. `tokens` and `trained_parameters` are None where a stage has none."""
-
-    stage: str
-    seconds: float
-    tokens: int | None = None
-    trained_parameters: int | None = None
-    status: str = "done"
+    @property
+    def cumulative_tokens(self) -> int | None:
+        """Tokens spent on it so far; None if no stage is listed."""
+        return sum(spend.tokens for spend in self.tokens) if self.tokens else None
 
 
 @dataclass(frozen=True)
@@ -133,11 +74,19 @@ class ReportData:
         layout: mixer type of each layer of the hybrid, from the first; e.g. `attention`, `mamba1`.
         recipe: the recipe as YAML text.
         versions: software name to version.
-        rankings: methods and controls; a page with a ranking but no control says so.
+        rankings: methods and controls, in the order of their stages; a page with a ranking but no control says so.
         losses: curves, in the legend's order.
         evaluations: models, in the order of the charts; teacher first.
         memory: models; the first is what the others are compared with.
         costs: stages in order.
+        models: labels, mixer layers and tokens of what was measured. A model that is not listed goes by its name.
+        throughput: measurements; each model may have several, in different settings.
+        harness: results of lm-evaluation-harness. Of several metrics of a task, the first enters the mean.
+        texts: perplexities.
+        traces: training data that the run made.
+        merges: models that were made by merging.
+        result: name of the model that the first sentence is about; by default the last one judged that is neither
+            the teacher, a control nor untrained.
     """
 
     title: str
@@ -151,6 +100,13 @@ class ReportData:
     evaluations: tuple[Evaluation, ...] = ()
     memory: tuple[CacheMemory, ...] = ()
     costs: tuple[StageCost, ...] = ()
+    models: tuple[Model, ...] = ()
+    throughput: tuple[Throughput, ...] = ()
+    harness: tuple[HarnessScore, ...] = ()
+    texts: tuple[TextScore, ...] = ()
+    traces: tuple[Traces, ...] = ()
+    merges: tuple[Merge, ...] = ()
+    result: str = ""
 
     def __post_init__(self) -> None:
         for ranking in self.rankings:
@@ -159,10 +115,21 @@ class ReportData:
                     f"ranking {ranking.method!r}: {len(ranking.scores)} scores for {len(self.layout)} "
                     "layers; give one per layer, None where unknown"
                 )
+        names = [model.name for model in self.models]
+        if len(set(names)) != len(names):
+            raise ValueError(f"models: a name stands twice in {names}; list each model once")
 
     def evaluation(self, point: str) -> Evaluation | None:
-        """The evaluation of that point, or None if it was not run."""
+        """The first evaluation of that point, or None if it was not run."""
         return next((entry for entry in self.evaluations if entry.point == point), None)
+
+    def model(self, name: str) -> Model:
+        """The model of that name; one that is not listed goes by its evaluation's label, or by its name."""
+        listed = next((model for model in self.models if model.name == name), None)
+        if listed is not None:
+            return listed
+        judged = next((entry for entry in self.evaluations if entry.key == name), None)
+        return Model(name, name) if judged is None else Model(name, judged.label, is_control=judged.is_control)
 
 
 def break_even_tokens(baseline: CacheMemory, other: CacheMemory) -> float | None:

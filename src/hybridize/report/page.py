@@ -1,33 +1,31 @@
-"""The page: what is shown, in which words; the template beside this file says how."""
+"""The page: what is shown, in which words; the templates beside this file say how."""
 
-import base64
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from hybridize.files import write_whole
-from hybridize.report import plots, summary
-from hybridize.report.data import LossCurve, ReportData, break_even_tokens
+from hybridize.report import numbers, summary
+from hybridize.report.data import Model, ReportData, break_even_tokens
+from hybridize.report.figures import PLOT_NAMES, Plot, draw_plots
+from hybridize.report.measures import LossCurve
+from hybridize.report.study import (
+    Measure,
+    frontier,
+    grouped,
+    main_setting,
+    main_suite,
+    ranking_groups,
+    settings,
+    suites,
+)
 
 PAGE_NAME = "report.html"
 MAX_TABLE_POINTS = 40
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A drawn plot: its file name beside the page, its bytes, and what it says to those who cannot see it."""
-
-    name: str
-    png: bytes
-    alt: str
-
-    @property
-    def source(self) -> str:
-        """The picture as a data URL, so that the page needs no second file."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
 
 
 def write_report(out_dir: Path, data: ReportData) -> Path:
@@ -45,11 +43,11 @@ def write_report(out_dir: Path, data: ReportData) -> Path:
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     drawn = draw_plots(data)
-    for name in _PLOT_NAMES:
-        if name in drawn:
-            write_whole(out_dir / f"{name}.png", drawn[name].png)
-        else:
-            (out_dir / f"{name}.png").unlink(missing_ok=True)
+    for old in out_dir.glob("*.png"):
+        if re.sub(r"-\d+$", "", old.stem) in PLOT_NAMES and old.stem not in drawn:
+            old.unlink()
+    for name, plot in drawn.items():
+        write_whole(out_dir / f"{name}.png", plot.png)
     page = out_dir / PAGE_NAME
     write_whole(page, render_page(data, drawn).encode("utf-8"))
     return page
@@ -62,88 +60,102 @@ def render_page(data: ReportData, drawn: Mapping[str, Plot] | None = None) -> st
         data: the run.
         drawn: its plots from `draw_plots`; drawn here when left out.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(
-        percent=summary.percent,
-        interval=summary.interval,
-        number=summary.number,
-        duration=summary.duration,
-        bytes=summary.short_bytes,
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    template = environment.from_string(Path(__file__).with_name("template.html.j2").read_text("utf-8"))
+    environment.filters.update(
+        percent=numbers.percent,
+        interval=numbers.interval,
+        times=numbers.times,
+        number=numbers.number,
+        duration=numbers.duration,
+        bytes=numbers.short_bytes,
+        token_count=numbers.token_count,
+    )
+    template = environment.get_template("page.html.j2")
     return template.render(_context(data, draw_plots(data) if drawn is None else drawn))
 
 
-_PLOT_NAMES = ("accuracy", "importance", "layers", "loss", "memory")
+@dataclass(frozen=True)
+class StudyRow:
+    """One model with all that is known of it, for the table beside the frontier."""
 
-
-def draw_plots(data: ReportData) -> dict[str, Plot]:
-    """Draw what the data allow, by file name without suffix; a section without data has no plot."""
-    drawn: dict[str, Plot] = {}
-
-    def add(name: str, png: bytes, alt: str) -> None:
-        drawn[name] = Plot(name, png, alt)
-
-    if data.evaluations:
-        parts = [f"{entry.label} {summary.percent(entry.overall.accuracy)}" for entry in data.evaluations]
-        add(
-            "accuracy",
-            plots.accuracy_chart(data.evaluations),
-            f"Bar chart of right answers, overall and by task, with 95% intervals. Overall: {'; '.join(parts)}.",
-        )
-    scored = [entry for entry in data.rankings if any(score is not None for score in entry.scores)]
-    if scored:
-        parts = [f"{entry.method} would replace {_listing(entry.chosen)}" for entry in scored]
-        add(
-            "importance",
-            plots.importance_chart(scored),
-            f"Bar chart of the importance of each layer by method. {'; '.join(parts)}.",
-        )
-    if data.rankings:
-        parts = [f"{entry.method}: {_listing(entry.chosen)}" for entry in data.rankings]
-        add("layers", plots.layer_strips(data.rankings), f"Strips of replaced layers. {'; '.join(parts)}.")
-    curves = [curve for curve in data.losses if curve.steps]
-    if curves:
-        ends = [(curve.label, *map(summary.number, (curve.losses_nats[0], curve.losses_nats[-1]))) for curve in curves]
-        parts = [f"{label} from {first} to {last}" for label, first, last in ends]
-        add(
-            "loss",
-            plots.loss_chart(curves),
-            f"Line chart of the loss in nat per token against tokens. {'; '.join(parts)}.",
-        )
-    if data.memory:
-        parts = [f"{model.label} {summary.short_bytes(model.bytes_at(131072))}" for model in data.memory]
-        add(
-            "memory",
-            plots.memory_chart(data.memory),
-            f"Line chart of a sequence's cache against its length. At 131072 tokens: {'; '.join(parts)}.",
-        )
-    return drawn
+    model: Model
+    quality: Measure | None
+    of_teacher: float | None
+    speed: Measure | None
+    tokens_per_second: float | None
 
 
 def _context(data: ReportData, drawn: Mapping[str, Plot]) -> dict[str, Any]:
     # Attention takes the pale first colour, wherever it stands.
     kinds = sorted(dict.fromkeys(data.layout), key=lambda kind: kind != "attention")
     first_memory = data.memory[0] if data.memory else None
+    place = frontier(data)
+    curves = [curve for curve in data.losses if curve.steps]
     return {
         "data": data,
         "plots": drawn,
         "headline": summary.headline(data),
+        "key_figures": summary.key_figures(data),
         "layout_kinds": [
             {"name": kind, "index": index, "letter": _letter(kind, kinds), "count": data.layout.count(kind)}
             for index, kind in enumerate(kinds)
         ],
         "layout_cells": [(kinds.index(kind), _letter(kind, kinds)) for kind in data.layout],
-        "evaluation_rows": [(entry, summary.kept_of_teacher(data, entry.overall)) for entry in data.evaluations],
-        "any_steps_judged": any(entry.steps_correct is not None for entry in data.evaluations),
-        "tasks": list(dict.fromkeys(task for entry in data.evaluations for task in entry.tasks)),
+        "has_mixers": any(kind != "attention" for kind in data.layout),
+        "study": _study(data),
+        "frontier_note": place.note if place else "",
+        "main_setting": main_setting(data),
+        "suites": [_suite_context(data, index, suite) for index, suite in enumerate(suites(data))],
+        "settings": settings(data),
+        "ranking_groups": ranking_groups(data.rankings),
         "ranking_has_control": any(entry.is_control for entry in data.rankings),
-        "curves": [curve for curve in data.losses if curve.steps],
-        "curve_points": [(curve, _points(curve)) for curve in data.losses if curve.steps],
+        "sloped": [entry for entry in data.rankings if entry.slopes],
+        "curve_groups": list(grouped(curves, lambda curve: (curve.kind, curve.unit)).items()),
+        "curve_points": [(curve, _points(curve)) for curve in curves],
         "memory_rows": [
             (model, None if first_memory is None else break_even_tokens(first_memory, model)) for model in data.memory
         ],
         "seconds": sum(cost.seconds for cost in data.costs),
+    }
+
+
+def _study(data: ReportData) -> list[StudyRow]:
+    """Every model that is listed or judged, the teacher first and controls last."""
+    suite, setting = main_suite(data), main_setting(data)
+    rows = {row.model.name: row for row in suite.rows} if suite else {}
+    names = dict.fromkeys([*(model.name for model in data.models), *rows])
+    found = []
+    for name in names:
+        listed = any(model.name == name for model in data.models)
+        model = data.model(name) if listed or name not in rows else rows[name].model
+        quality = rows[name].overall if name in rows else None
+        teacher = suite.teacher if suite else None
+        kept = quality.value / teacher.value if quality and teacher and teacher.value else None
+        speed = setting.of(name) if setting else None
+        rate = setting.speeds[name].tokens_per_second if setting and name in setting.speeds else None
+        found.append(StudyRow(model, quality, kept, speed, rate))
+    return sorted(found, key=lambda row: (not row.model.is_teacher, row.model.is_control))
+
+
+def _suite_context(data: ReportData, index: int, suite: Any) -> dict[str, Any]:
+    """A suite with its plots; of the harness also metrics, of the others also counts."""
+    suffix = f"-{index + 1}" if index else ""
+    entries = [] if suite.is_harness else [entry for entry in data.evaluations if entry.suite == suite.name]
+    entries.sort(key=lambda entry: data.model(entry.key).is_control or entry.is_control)
+    return {
+        "suite": suite,
+        "accuracy": f"accuracy{suffix}",
+        "tasks_plot": f"tasks{suffix}",
+        "rows": [(entry, summary.kept_of_teacher(data, entry.overall, suite.name)) for entry in entries],
+        "tasks": list(dict.fromkeys(task for entry in entries for task in entry.tasks)),
+        "any_steps_judged": any(entry.steps_correct is not None for entry in entries),
+        "passes": sorted({k for entry in entries for k in entry.pass_at}),
     }
 
 
@@ -160,12 +172,8 @@ def _letter(kind: str, kinds: list[str]) -> str:
 
 def _points(curve: LossCurve) -> list[tuple[int, int, float]]:
     """(step, tokens, loss) of every point or, from long curves, of evenly spaced ones with the last."""
-    points = list(zip(curve.steps, curve.tokens, curve.losses_nats, strict=True))
+    points = list(zip(curve.steps, curve.tokens, curve.losses, strict=True))
     if len(points) <= MAX_TABLE_POINTS:
         return points
     last = len(points) - 1
     return [points[round(index * last / (MAX_TABLE_POINTS - 1))] for index in range(MAX_TABLE_POINTS)]
-
-
-def _listing(layers: tuple[int, ...]) -> str:
-    return "layers " + ", ".join(str(layer) for layer in sorted(layers)) if layers else "no layer"

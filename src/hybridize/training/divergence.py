@@ -51,7 +51,13 @@ def batch_divergence(
 
 
 def heldout_divergence(
-    student: Any, teacher: Any, rows: PackedRows, kind: Kind = "reverse_kl", *, rows_per_batch: int = 1
+    student: Any,
+    teacher: Any,
+    rows: PackedRows,
+    kind: Kind = "reverse_kl",
+    *,
+    temperature: float = 1.0,
+    rows_per_batch: int = 1,
 ) -> float:
     """Divergence of a student from its teacher on rows that it was not trained on.
 
@@ -60,6 +66,7 @@ def heldout_divergence(
         teacher: another, of the same vocabulary; moved to the student's device.
         rows: packed rows.
         kind: `reverse_kl`, `forward_kl` or `jsd`.
+        temperature: of both distributions.
         rows_per_batch: rows computed at a time.
 
     Returns:
@@ -76,21 +83,35 @@ def heldout_divergence(
     student.eval()
     teacher.eval()
     total = 0.0
-    loader: DataLoader = DataLoader(rows, batch_size=rows_per_batch, collate_fn=rows.collate)
+    own = torch.Generator()  # a loader draws a number, which must not be the training's
+    loader: DataLoader = DataLoader(rows, batch_size=rows_per_batch, collate_fn=rows.collate, generator=own)
     with torch.no_grad():
         for batch in loader:
             batch = {name: tensor.to(student.device) for name, tensor in batch.items()}
-            total += batch_divergence(student, teacher, batch, kind).item()
+            total += batch_divergence(student, teacher, batch, kind, temperature).item()
     student.train(modes[0])
     teacher.train(modes[1])
     return total / num_valid
 
 
+def decoder_inputs(model: Any, batch: dict[str, Tensor]) -> dict[str, Any]:
+    """What a batch of packed rows is to a model's base model.
+
+    Args:
+        model: a causal language model.
+        batch: `input_ids` and `position_ids`, [R, L].
+    """
+    input_ids, position_ids = batch["input_ids"], batch["position_ids"]
+    if is_flat(model):
+        input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
+    return {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+
+
+def is_flat(model: Any) -> bool:
+    """Whether a model wants a batch as one long row: flash attention looks for packed documents in no other."""
+    return "flash" in (getattr(model.config, "_attn_implementation", None) or "")
+
+
 def _final_hidden(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """Hidden states after the last norm, [R L, E]."""
-    input_ids, position_ids = batch["input_ids"], batch["position_ids"]
-    if "flash" in (getattr(model.config, "_attn_implementation", None) or ""):
-        # Flash attention looks for packed documents in batches of one row only.
-        input_ids, position_ids = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
-    output = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    return output.last_hidden_state.flatten(0, 1)
+    return model.base_model(**decoder_inputs(model, batch)).last_hidden_state.flatten(0, 1)

@@ -40,6 +40,11 @@ class ConversionPlan:
     untouched: tuple[str, ...]
     transfers: dict[int, TransferPlan]
 
+    @property
+    def dropped(self) -> dict[str, str]:
+        """The teacher's tensors that the hybrid is without, by full name, and why."""
+        return {name: why for plan in self.transfers.values() for name, why in plan.dropped.items()}
+
     def check(self, source_tensors: Iterable[str], target_tensors: Iterable[str]) -> None:
         """Check that every tensor is accounted for, once.
 
@@ -61,6 +66,7 @@ class ConversionPlan:
         lines = [
             f"{self.model_type}, {len(self.layout.layers)} layers, layout {self.layout}: {replaced} newly "
             f"replaced, {len(self.untouched)} tensors untouched"
+            + (f", {len(self.dropped)} dropped" if self.dropped else "")
         ]
         outside = [name for name in self.untouched if not name.startswith(self.layers_path + ".")]
         lines.append(f"outside the layers: {len(outside)} tensors untouched ({', '.join(outside)})")
@@ -104,7 +110,8 @@ def plan_conversion(config: Any, tensors: Iterable[str], layout: LayoutSpec, ini
             init,
             source=source,
             target=f"{source}.mixer",
-            projections=(family.q, family.k, family.v, family.o),
+            projections=family.projections(geometry_of(config)),
+            norms=family.norms,
             source_tensors=[name for name in names if name.startswith(f"{source}.")],
             initializer_range=getattr(config, "initializer_range", None) or 0.02,
             place=f"layout[{layer}]",

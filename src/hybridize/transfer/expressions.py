@@ -35,6 +35,14 @@ class Take:
             return tensor.clone()
         return tensor.index_select(self.dim, torch.tensor(self.order, device=tensor.device))
 
+    def reorder(self, order: tuple[int, ...] | None, why: str) -> "Take":
+        """The same rows or columns in yet another order, by their number in this one; None for as they lie."""
+        if order is None:
+            return self
+        if self.order is None:
+            return Take(self.source, order, self.dim, why)
+        return Take(self.source, tuple(self.order[i] for i in order), self.dim, f"{self.why}, {why}")
+
     def leaves(self) -> Iterator["Take | Fresh"]:
         """The expression itself."""
         yield self

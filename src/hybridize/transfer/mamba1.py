@@ -13,12 +13,17 @@ from hybridize.transfer.pairing import aligned_order, count_aligned
 
 @dataclass(frozen=True)
 class AttentionTensors:
-    """Full names of the teacher's projection weights in one layer."""
+    """The teacher's projection weights in one layer: full names, and the rows meant where one holds several."""
 
-    q: str
-    k: str
-    v: str
-    o: str
+    q: Take
+    k: Take
+    v: Take
+    o: Take
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Full names of the tensors, each once."""
+        return tuple(dict.fromkeys(take.source for take in (self.q, self.k, self.v, self.o)))
 
 
 def fresh_expressions(spec: Mamba1Spec, initializer_range: float) -> dict[str, Expression]:
@@ -82,12 +87,12 @@ def carry_attention(
     tensors["in_proj.weight"] = Stack(
         (
             ("z", spec.d_inner, gate),
-            ("x", spec.d_xb, Take(names.v)),
-            ("B", spec.d_xb, Take(names.k)),
-            ("C", spec.d_inner, Take(names.q, order, 0, why)),
+            ("x", spec.d_xb, names.v),
+            ("B", spec.d_xb, names.k),
+            ("C", spec.d_inner, names.q.reorder(order, why)),
         )
     )
-    tensors["out_proj.weight"] = Take(names.o, order, 1, why)
+    tensors["out_proj.weight"] = Take(names.o.source, order, 1, why)
     return tensors
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hybridize.mixers import build_mixer
+from hybridize.models import Projection
 from hybridize.spec import AttentionGeometry, Mamba1Spec, MixerSpec
 from hybridize.spec.base import choose
 from hybridize.transfer.expressions import Expression, Take
@@ -116,7 +117,8 @@ def plan_transfer(
     *,
     source: str = "self_attn",
     target: str = "self_attn.mixer",
-    projections: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+    projections: Sequence[str | Projection] = ("q_proj", "k_proj", "v_proj", "o_proj"),
+    norms: Sequence[str] = (),
     source_tensors: Sequence[str] | None = None,
     initializer_range: float = 0.02,
     place: str = "mixer",
@@ -130,32 +132,36 @@ def plan_transfer(
             `published` as Mamba-in-Llama's public code does, rows as they lie; `random` carries nothing over.
         source: full name of the attention module, before its tensors' names.
         target: full name of the mixer.
-        projections: names of the query, key, value and output projections within the attention module.
+        projections: the query, key, value and output projections: their names within the attention module, or
+            `Projection`s where one module holds several. What biases they have is dropped.
+        norms: names of the norms of queries and keys within the attention module, which are dropped.
         source_tensors: full names of all tensors of the attention module; default: the four projections'
             weights.
         initializer_range: standard deviation of randomly initialised projections.
         place: what to call the mixer in errors.
 
     Raises:
-        ValueError: the initialisation is unknown or the sizes do not fit; or the attention has a tensor, such
-            as a bias, that the mixer has no place for.
+        ValueError: the initialisation is unknown or the sizes do not fit; or the attention has a tensor that
+            nothing here accounts for.
     """
     choose("init", init, INITS)
     if not isinstance(spec, Mamba1Spec):
         raise ValueError(f"{place}: a transfer makes a mixer, but the layer is to be {spec.type!r}; leave it out")
     spec = spec.resolve(geometry)
-    names = AttentionTensors(*(f"{source}.{name}.weight" for name in projections))
-    weights = (names.q, names.k, names.v, names.o)
-    present = list(weights if source_tensors is None else source_tensors)
+    parts = [Projection(part) if isinstance(part, str) else part for part in projections]
+    names = AttentionTensors(*(Take(f"{source}.{part.name}.weight", part.rows, why=_what(part)) for part in parts))
+    present = list(names.names if source_tensors is None else source_tensors)
     if init == "random":
         expressions = fresh_expressions(spec, initializer_range)
         dropped = dict.fromkeys(present, "since init 'random' carries nothing over")
         note = ""
     else:
-        _check_sources(present, weights, spec)
+        lost = _lost(source, [part.name for part in parts], norms, spec)
+        dropped = {name: lost[name] for name in present if name in lost}
+        _check_sources(present, names.names, dropped, spec)
         aligned = init == "aligned"
         expressions = carry_attention(geometry, spec, names, initializer_range, aligned, place)
-        dropped, note = {}, pairing_note(geometry, spec, aligned)
+        note = pairing_note(geometry, spec, aligned)
     shapes = mixer_shapes(spec, geometry.hidden_size)
     if expressions.keys() != shapes.keys():
         unaccounted = sorted(expressions.keys() ^ shapes.keys())
@@ -173,8 +179,34 @@ def mixer_shapes(spec: MixerSpec, hidden_size: int) -> dict[str, tuple[int, ...]
     return {name: tuple(tensor.shape) for name, tensor in mixer.state_dict().items()}
 
 
-def _check_sources(present: Sequence[str], weights: Sequence[str], spec: Mamba1Spec) -> None:
-    homeless = [name for name in present if name not in weights]
+def _what(part: Projection) -> str:
+    """The rows of a projection in words, e.g. `32..47 (its values)`."""
+    if part.rows is None:
+        return ""
+    runs: list[list[int]] = []
+    for row in part.rows:
+        if runs and row == runs[-1][1] + 1:
+            runs[-1][1] = row
+        else:
+            runs.append([row, row])
+    spans = [f"{first}..{last}" for first, last in runs]
+    if len(spans) > 3:
+        spans = [spans[0], spans[1], "...", spans[-1]]
+    return f"{', '.join(spans)} (its {part.what})"
+
+
+def _lost(source: str, projections: Sequence[str], norms: Sequence[str], spec: Mamba1Spec) -> dict[str, str]:
+    """The tensors that attention may have and a mixer cannot take over, by full name, and why."""
+    bias = f"since a {spec.type} mixer's projections have no bias"
+    norm = f"since a {spec.type} mixer does not normalise what stands for queries and keys"
+    lost = {f"{source}.{name}.bias": bias for name in projections}
+    return lost | {f"{source}.{name}.{kind}": norm for name in norms for kind in ("weight", "bias")}
+
+
+def _check_sources(
+    present: Sequence[str], weights: Sequence[str], dropped: Mapping[str, str], spec: Mamba1Spec
+) -> None:
+    homeless = [name for name in present if name not in weights and name not in dropped]
     if homeless:
         raise ValueError(
             f"{', '.join(homeless)}: a {spec.type} mixer has no place for these tensors of the teacher's "

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridize.files import write_whole
-from hybridize.pipeline.job import Job
+from hybridize.pipeline.job import Job, device, working_dtype
 from hybridize.pipeline.stages.ranking import RANKING_FILE
 from hybridize.spec.stages import TEACHER, ConvertStage, MergeStage, TracesStage
 
@@ -13,7 +13,21 @@ PLAN_FILE = "conversion.txt"
 
 def run_traces(stage: TracesStage, job: Job, folder: Path) -> dict[str, Any]:
     """Let a model answer prompts and keep the verified answers in `traces.parquet`."""
-    raise NotImplementedError
+    from hybridize.data.chat import check_chat_template
+    from hybridize.data.sources import read_prompts
+    from hybridize.data.traces import make_traces
+
+    path = job.model_path(stage.model)
+    tokenizer = job.tokenizer()
+    check_chat_template(tokenizer)
+    prompts = read_prompts(job.data_of(stage), stage.num_prompts, stage.seed)
+    model: Any = path  # vLLM loads it itself
+    if stage.engine == "transformers":
+        model = job.load_model(stage.model, dtype=working_dtype()).to(device())
+    with job.reporter.bar("answering") as advance:
+        name = Path(job.teacher).name if stage.model == TEACHER else stage.model
+        stats = make_traces(model, tokenizer, stage, prompts, folder, on_progress=advance, model_name=name)
+    return {"verifier": stage.verifier, **stats}
 
 
 def run_convert(stage: ConvertStage, job: Job, folder: Path) -> dict[str, Any]:
@@ -55,4 +69,16 @@ def chosen_layers(stage: ConvertStage, job: Job) -> tuple[int, ...]:
 
 def run_merge(stage: MergeStage, job: Job, folder: Path) -> dict[str, Any]:
     """Merge models of one layout."""
-    raise NotImplementedError
+    from hybridize.merging import merge
+
+    with job.reporter.bar("merging") as advance:
+        return merge(
+            [job.model_path(name) for name in stage.sources],
+            folder,
+            method=stage.method,
+            weights=stage.weights,
+            base=job.model_path(stage.base) if stage.base else None,
+            density=stage.density,
+            into=True,
+            on_progress=advance,
+        )

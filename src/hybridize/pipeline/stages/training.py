@@ -1,6 +1,6 @@
 """The stages that train a model: fit, distill, SFT, on-policy distillation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +14,57 @@ def run_fit(stage: FitStage, job: Job, folder: Path) -> dict[str, Any]:
     """Fit each mixer alone to the attention it replaced."""
     from hybridize.training import fit
 
-    student, teacher, tokenizer = _load(stage, job)
+    student, teacher, tokenizer, dtype = _load(stage, job)
     rows, _, stats = _rows(stage, job, tokenizer)
     with job.reporter.bar("fitting") as advance:
-        result = fit(student, teacher, rows, stage, folder, on_log=_shown(advance, "of the output's variance"))
-    return _save(student, tokenizer, folder, result, stats)
+        result = fit(student, teacher, rows, stage, folder, on_log=_shown(advance, "of the mean square"))
+    return _save(student, dtype, tokenizer, folder, result, stats)
 
 
 def run_distill(stage: DistillStage, job: Job, folder: Path) -> dict[str, Any]:
     """Distil the teacher into a hybrid, resuming from a killed call's last checkpoint."""
     from hybridize.training import distill
 
-    student, teacher, tokenizer = _load(stage, job)
+    student, teacher, tokenizer, dtype = _load(stage, job)
     rows, heldout, stats = _rows(stage, job, tokenizer, stage.stop.heldout_rows if stage.stop else 0)
     with job.reporter.bar("distilling") as advance:
         result = distill(student, teacher, rows, stage, folder, heldout=heldout, on_log=_shown(advance, "nat/token"))
-    return _save(student, tokenizer, folder, result, stats)
+    return _save(student, dtype, tokenizer, folder, result, stats)
 
 
 def run_sft(stage: SftStage, job: Job, folder: Path) -> dict[str, Any]:
     """Fine-tune a model on traces; the teacher itself as a control."""
     from hybridize.training import finetune
 
-    student, _, tokenizer = _load(stage, job, with_teacher=False)
+    student, _, tokenizer, dtype = _load(stage, job, with_teacher=False)
     rows, _, stats = _rows(stage, job, tokenizer)
     with job.reporter.bar("fine-tuning") as advance:
         result = finetune(student, rows, stage, folder, on_log=_shown(advance, "nat/token"))
-    return _save(student, tokenizer, folder, result, stats)
+    return _save(student, dtype, tokenizer, folder, result, stats)
 
 
 def run_on_policy(stage: OnPolicyStage, job: Job, folder: Path) -> dict[str, Any]:
     """Distil on the student's own answers."""
-    raise NotImplementedError
+    from hybridize.data.sources import read_prompts
+    from hybridize.training import distill_on_policy
+
+    student, teacher, tokenizer, dtype = _load(stage, job)
+    prompts = read_prompts(job.data_of(stage), stage.steps * stage.prompts_per_step, stage.seed)
+    with job.reporter.bar("distilling") as advance:
+        result = distill_on_policy(
+            student,
+            teacher,
+            [prompt.messages for prompt in prompts],
+            tokenizer,
+            stage,
+            folder,
+            on_log=_shown(advance, "nat/token"),
+        )
+    return _save(student, dtype, tokenizer, folder, result, {"num_prompts": len(prompts)})
 
 
-def _load(stage: TrainStage, job: Job, *, with_teacher: bool = True) -> tuple[Any, Any, Any]:
-    """The model to train, the teacher (or None) and the tokenizer.
+def _load(stage: TrainStage, job: Job, *, with_teacher: bool = True) -> tuple[Any, Any, Any, Any]:
+    """The model to train, the teacher (or None), the tokenizer, and the precision that the model came in.
 
     Raises:
         ValueError: a checkpoint is damaged, the vocabularies differ, or the tokenizer has no chat template.
@@ -63,7 +78,7 @@ def _load(stage: TrainStage, job: Job, *, with_teacher: bool = True) -> tuple[An
     teacher = job.load_teacher() if with_teacher else None
     if teacher is not None:
         check_same_vocabulary(student, teacher, job.model_path(stage.model), job.teacher)
-    return student, teacher, tokenizer
+    return student, teacher, tokenizer, student.dtype
 
 
 def _rows(stage: TrainStage, job: Job, tokenizer: Any, num_heldout: int = 0) -> tuple[Any, Any, dict[str, int]]:
@@ -79,13 +94,18 @@ def _rows(stage: TrainStage, job: Job, tokenizer: Any, num_heldout: int = 0) -> 
     return rows, packed.part(0, num_heldout) if num_heldout else None, stats
 
 
+def loss_of(record: Mapping[str, Any]) -> float:
+    """A step's loss: in nat per token, of a fit in shares of the target's mean square."""
+    return float(record["loss_relative"] if "loss_relative" in record else record["loss_nats"])
+
+
 def _shown(advance: Callable[..., None], unit: str) -> Callable[[dict[str, Any], int], None]:
     """Show a step's loss behind the bar."""
-    return lambda record, total: advance(record["step"], total, f"{record['loss_nats']:.4f} {unit}")
+    return lambda record, total: advance(record["step"], total, f"{loss_of(record):.4f} {unit}")
 
 
-def _save(student: Any, tokenizer: Any, folder: Path, result: Any, stats: dict[str, Any]) -> dict[str, Any]:
+def _save(student: Any, dtype: Any, tokenizer: Any, folder: Path, result: Any, stats: dict[str, Any]) -> dict[str, Any]:
     """Write a trained model in the precision of the one it came from."""
-    to_dtype(student, student.config.dtype).save_pretrained(folder)
+    to_dtype(student, dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {name: getattr(result, name) for name in result.__dataclass_fields__} | {"data": stats}

@@ -1,8 +1,8 @@
 """Making training data: the teacher's own verified answers."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hybridize.spec.stages.base import TEACHER, DataStage
 
@@ -18,8 +18,8 @@ class TracesStage(DataStage):
         top_p: nucleus that is sampled from.
         max_new_tokens: of an answer.
         verifier: `world` (the reasoning world's judge, every step), `math` (math-verify, against the reference answer),
-            `none` (keep all), or `file.py:function`, a function of (prompt, answer, reference) -> bool; `auto`
-            takes `world` for the reasoning world and `math` for everything else.
+            `none` (keep all, also those cut at max_new_tokens), or `file.py:function`, a function of (prompt, answer,
+            reference) -> bool; `auto` takes `world` for the reasoning world and `math` for everything else.
         engine: what generates.
         batch_size: answers generated at a time.
     """
@@ -34,6 +34,15 @@ class TracesStage(DataStage):
     verifier: str = "auto"
     engine: Literal["transformers", "vllm"] = "transformers"
     batch_size: int = Field(default=64, gt=0)
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> Self:
+        if self.samples_per_prompt > 1 and not self.temperature:
+            raise ValueError(
+                f"samples_per_prompt: {self.samples_per_prompt} greedy answers are all the same; give a temperature, "
+                "e.g. 0.6"
+            )
+        return self
 
     @property
     def models(self) -> tuple[str, ...]:

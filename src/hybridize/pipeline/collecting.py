@@ -1,0 +1,326 @@
+"""Gather a run's artifacts into what the report shows."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hybridize.importance import METHODS, load_ranking
+from hybridize.pipeline.artifacts import Artifact, library_versions
+from hybridize.pipeline.stages import METRICS_FILE, RANKING_FILE
+from hybridize.pipeline.stages.training import loss_of
+from hybridize.report import (
+    CacheMemory,
+    Evaluation,
+    HarnessScore,
+    LossCurve,
+    Merge,
+    Model,
+    Ranking,
+    ReportData,
+    Score,
+    StageCost,
+    TextScore,
+    Throughput,
+    TokenSpend,
+    Traces,
+)
+from hybridize.spec.expansion import expand
+from hybridize.spec.recipe import RecipeSpec
+from hybridize.spec.stages import (
+    MODEL_KINDS,
+    TEACHER,
+    ConvertStage,
+    DistillStage,
+    EvaluateStage,
+    FitStage,
+    HarnessStage,
+    JudgingStage,
+    MergeStage,
+    OnPolicyStage,
+    RankStage,
+    SftStage,
+    StageSpec,
+    TextStage,
+    ThroughputStage,
+    TracesStage,
+    TrainStage,
+)
+
+_LOSSES: dict[type[TrainStage], tuple[str, str]] = {
+    DistillStage: ("distillation", "nat/token"),
+    OnPolicyStage: ("on-policy distillation", "nat/token"),
+    SftStage: ("SFT", "nat/token"),
+    FitStage: ("fit", "of the output's mean square"),
+}
+"""What a stage's loss is, and its unit."""
+
+
+def collect(
+    written: RecipeSpec, num_layers: int, artifacts: Mapping[str, Artifact], title: str | None = None
+) -> ReportData:
+    """Everything that finished stages have to tell.
+
+    Args:
+        written: the recipe as its author wrote it.
+        num_layers: of the teacher.
+        artifacts: finished stages by name.
+        title: of the report.
+    """
+    return _Study(expand(written, num_layers), num_layers, artifacts).data(written, title)
+
+
+class _Study:
+    """A run: its stages that have finished, and how they descend from one another."""
+
+    def __init__(self, recipe: RecipeSpec, num_layers: int, artifacts: Mapping[str, Artifact]) -> None:
+        self.recipe, self.num_layers, self.artifacts = recipe, num_layers, artifacts
+        self.stages: dict[str, Any] = {stage.name: stage for stage in recipe.stages}
+
+    def data(self, written: RecipeSpec, title: str | None) -> ReportData:
+        """The whole."""
+        converts = list(self._done(ConvertStage))
+        result = self._result()
+        layout = self._layout(result or (converts[0].name if converts else TEACHER))
+        return ReportData(
+            title=title or written.name,
+            created=max((str(a.manifest["created"]) for a in self.artifacts.values()), default=""),
+            teacher=Path(written.teacher).name,
+            layout=layout,
+            recipe=yaml.safe_dump(written.model_dump(mode="json", exclude_defaults=True), sort_keys=False),
+            versions=library_versions(),
+            rankings=tuple(self._rankings()),
+            losses=tuple(self._losses()),
+            evaluations=tuple(self._evaluations()),
+            memory=tuple(self._memory(converts)),
+            costs=tuple(self._costs()),
+            models=tuple(self._models()),
+            throughput=tuple(self._throughput()),
+            harness=tuple(self._harness()),
+            texts=tuple(self._texts()),
+            traces=tuple(self._traces()),
+            merges=tuple(self._merges()),
+            result=result,
+        )
+
+    def _done(self, *kinds: type[StageSpec]) -> Iterator[Any]:
+        """Finished stages of some kinds, in order."""
+        return (s for s in self.recipe.stages if isinstance(s, kinds) and s.name in self.artifacts)
+
+    def _result(self) -> str:
+        """The model that the report is about: the last one judged, of those that a method made and trained."""
+        judged = [s.model for s in self._done(EvaluateStage, HarnessStage) if not s.control and s.model != TEACHER]
+        return next((m for m in reversed(judged) if not isinstance(self.stages[m], ConvertStage)), "")
+
+    def _converted(self, model: str) -> list[Any]:
+        """The conversions on a model's way from the teacher; of a merge's sources, whose layouts agree, the first's."""
+        if model == TEACHER:
+            return []
+        stage = self.stages[model]
+        parents = self._converted(stage.sources[0] if isinstance(stage, MergeStage) else stage.model)
+        return [*parents, stage] if isinstance(stage, ConvertStage) else parents
+
+    def _layout(self, model: str) -> tuple[str, ...]:
+        converts = [stage for stage in self._converted(model) if stage.name in self.artifacts]
+        if not converts:
+            return ("attention",) * self.num_layers
+        return tuple(self.artifacts[converts[-1].name].metrics["layout"])
+
+    def _label(self, model: str) -> str:
+        labels = [s.label for s in self._done(JudgingStage) if s.model == model and s.label]
+        return labels[0] if labels else model
+
+    def _is_control(self, model: str) -> bool:
+        return any(s.control for s in self._done(JudgingStage) if s.model == model)
+
+    def _models(self) -> Iterator[Model]:
+        """The teacher and every model made, with what was spent on it."""
+        yield Model(TEACHER, self._label(TEACHER), 0)
+        for stage in self._done(StageSpec):
+            if stage.kind in MODEL_KINDS:
+                spent = tuple(TokenSpend(name, tokens) for name, tokens in self._spent(stage.name).items())
+                mixers = sum(mixer != "attention" for mixer in self._layout(stage.name))
+                yield Model(stage.name, self._label(stage.name), mixers, spent, self._is_control(stage.name))
+
+    def _spent(self, model: str) -> dict[str, int]:
+        """Tokens trained on by each stage on a model's way from the teacher; a common trunk counts once."""
+        if model == TEACHER or model not in self.artifacts:
+            return {}
+        stage = self.stages[model]
+        spent: dict[str, int] = {}
+        for parent in stage.models:
+            spent |= self._spent(parent)
+        tokens = self.artifacts[model].metrics.get("tokens")
+        return spent | ({model: int(tokens)} if tokens else {})
+
+    def _rankings(self) -> list[Ranking]:
+        """Each ranking with what it chose; the controls that every ranking carries come after those of its stage."""
+        found: list[Ranking] = []
+        for stage in self._done(RankStage):
+            ranking = load_ranking(self.artifacts[stage.name].folder / RANKING_FILE)
+            users = [s for s in self._done(ConvertStage) if s.ranking == stage.name]
+            count = users[0].num_layers if users else None
+            replaced = [i for i, mixer in enumerate(self._layout(stage.model)) if mixer != "attention"]
+            group = f"{len(replaced) + count} of {self.num_layers} layers" if count else ""
+            found.append(self._shown(ranking, ranking, count, group, replaced, stage))
+            mine = [entry.method for entry in found if entry.stage == group]
+            found += [
+                self._shown(control, ranking, count, group, replaced, None)
+                for name, control in ranking.controls.items()
+                if name not in mine
+            ]
+        return found
+
+    def _shown(
+        self, rule: Any, ranking: Any, count: int | None, group: str, replaced: list[int], stage: RankStage | None
+    ) -> Ranking:
+        """One rule's choice, with its scores if it is the ranking itself and no control that came with it."""
+        scores = (rule.scores or {}) if rule is ranking else {}
+        before = (rule.before or {}) if rule is ranking else {}
+        method = METHODS[rule.method]
+        layers = range(ranking.num_layers)
+        return Ranking(
+            method=rule.method,
+            scores=tuple(scores.get(layer) for layer in layers),
+            order=tuple(rule.order or ()),
+            chosen=rule.choose(count) if count else (),
+            unit=(ranking.unit if rule is ranking else method.unit) or "nat/token",
+            is_control=method.is_control,
+            before=tuple(before.get(layer) for layer in layers) if before else (),
+            steps=stage.steps if stage is not None and before else None,
+            stage=group,
+            paper=method.paper,
+            replaced=tuple(replaced),
+        )
+
+    def _losses(self) -> Iterator[LossCurve]:
+        for stage in self._done(TrainStage):
+            lines = (self.artifacts[stage.name].folder / METRICS_FILE).read_text().splitlines()
+            records = [json.loads(line) for line in lines]
+            kind, unit = _LOSSES[type(stage)]
+            yield LossCurve(
+                name=stage.name,
+                label=self._label(stage.name),
+                steps=tuple(record["step"] for record in records),
+                losses=tuple(loss_of(record) for record in records),
+                tokens=tuple(record["tokens"] for record in records),
+                is_control=self._is_control(stage.name),
+                unit=unit,
+                kind=kind,
+            )
+
+    def _evaluations(self) -> Iterator[Evaluation]:
+        for stage in sorted(self._done(EvaluateStage), key=lambda s: s.model != TEACHER):
+            metrics = self.artifacts[stage.name].metrics
+            point = stage.model if stage.model == TEACHER else self._point(self.stages[stage.model])
+            how = f"{stage.samples} samples at temperature {stage.temperature:g}" if stage.temperature else "greedy"
+            yield Evaluation(
+                point=point,
+                label=stage.label or self._label(stage.model),
+                overall=_score(metrics["overall"]),
+                tasks={name: _score(score) for name, score in metrics["tasks"].items()},
+                steps_correct=metrics["overall"]["steps_correct"],
+                is_control=stage.control,
+                model=stage.model,
+                suite=f"level {stage.level}, {how}, {stage.problems_per_task} problems of each task",
+                pass_at={int(k): value["accuracy"] for k, value in metrics.get("pass_at", {}).items()},
+            )
+
+    def _point(self, stage: Any) -> str:
+        """What a model is in the study: `converted`, `distilled`, `random init: distilled`, `uniform: distilled`."""
+        converts = self._converted(stage.name)
+        word = "converted" if isinstance(stage, ConvertStage) else "distilled"
+        if not converts:
+            return f"unconverted: {stage.name}"
+        origin = converts[-1]
+        if origin.init == "random":
+            return f"random init: {word}"
+        ranking = self.stages.get(origin.ranking) if origin.ranking else None
+        if isinstance(ranking, RankStage) and METHODS[ranking.method].is_control:
+            return f"{ranking.method} layers: {word}"
+        return word if origin.init == "aligned" else f"{origin.init} init: {word}"
+
+    def _memory(self, converts: list[Any]) -> Iterator[CacheMemory]:
+        """The teacher's cache, and that of each number of replaced layers."""
+        seen: set[tuple[int, int]] = set()
+        for convert in converts:
+            memory = self.artifacts[convert.name].metrics["memory"]
+            for key, label, model in (("teacher", "teacher", TEACHER), ("hybrid", self._size_label(convert), "")):
+                size = memory[key]
+                if (size["kv_per_token"], size["state"]) not in seen:
+                    seen.add((size["kv_per_token"], size["state"]))
+                    yield CacheMemory(label, size["kv_per_token"], size["state"], model or convert.name)
+
+    def _size_label(self, convert: ConvertStage) -> str:
+        return f"{sum(mixer != 'attention' for mixer in self._layout(convert.name))} of {self.num_layers} replaced"
+
+    def _throughput(self) -> Iterator[Throughput]:
+        for stage in self._done(ThroughputStage):
+            metrics = self.artifacts[stage.name].metrics
+            yield Throughput(
+                stage.model,
+                metrics["tokens_per_second"],
+                metrics["tokens_per_second_min"],
+                metrics["tokens_per_second_max"],
+                stage.batch_size,
+                stage.prompt_tokens,
+                stage.new_tokens,
+                stage.repeats,
+            )
+
+    def _harness(self) -> Iterator[HarnessScore]:
+        for stage in self._done(HarnessStage):
+            for task, entry in self.artifacts[stage.name].metrics["tasks"].items():
+                yield HarnessScore(
+                    stage.model, task, entry["metric"], entry["value"], entry["stderr"], entry["num_samples"]
+                )
+
+    def _texts(self) -> Iterator[TextScore]:
+        for stage in self._done(TextStage):
+            metrics = self.artifacts[stage.name].metrics
+            yield TextScore(
+                stage.model,
+                Path(stage.text).name,
+                metrics["tokens"],
+                metrics["nats_per_token"],
+                metrics["perplexity"],
+                metrics.get("kl_nats"),
+            )
+
+    def _traces(self) -> Iterator[Traces]:
+        for stage in self._done(TracesStage):
+            metrics = self.artifacts[stage.name].metrics
+            yield Traces(
+                stage.name,
+                stage.model,
+                metrics["prompts"],
+                stage.samples_per_prompt,
+                metrics["samples"],
+                metrics["verified"],
+                metrics["verified_tokens"],
+                metrics["verifier"],
+            )
+
+    def _merges(self) -> Iterator[Merge]:
+        for stage in self._done(MergeStage):
+            weights = stage.weights or (1.0,) * len(stage.sources)
+            yield Merge(
+                stage.name,
+                stage.method,
+                stage.sources,
+                tuple(weight / sum(weights) for weight in weights),
+                stage.base or "",
+                stage.density if stage.method == "ties" else None,
+            )
+
+    def _costs(self) -> Iterator[StageCost]:
+        for name, artifact in self.artifacts.items():
+            metrics = artifact.metrics
+            tokens = metrics.get("tokens") or metrics.get("cost", {}).get("tokens")
+            yield StageCost(name, artifact.manifest["seconds"], tokens, metrics.get("num_trainable_parameters"))
+
+
+def _score(score: Mapping[str, Any]) -> Score:
+    return Score(score["correct"], score["total"], score["accuracy"], score["low"], score["high"])

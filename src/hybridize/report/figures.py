@@ -1,0 +1,243 @@
+"""Which plots a run gets, and what they say to those who cannot see them."""
+
+import base64
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hybridize.report import plots
+from hybridize.report.data import ReportData
+from hybridize.report.measures import Ranking
+from hybridize.report.numbers import listing, number, percent, short_bytes, times, token_count
+from hybridize.report.plots.importance import log_floor, panel_title
+from hybridize.report.plots.slope import extremes
+from hybridize.report.study import Frontier, Measure, Setting, Suite, frontier, main_setting, settings, suites
+from hybridize.report.summary import result_model
+
+PLOT_NAMES = (
+    "accuracy",
+    "tasks",
+    "frontier",
+    "throughput",
+    "importance",
+    "before_after",
+    "layers",
+    "loss",
+    "memory",
+)
+"""File names without suffix; the accuracy and the tasks of a second suite are `accuracy-2` and `tasks-2`."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn plot.
+
+    Attributes:
+        name: of its file beside the page, without suffix.
+        png: its bytes.
+        narrow_png: the same for narrow screens.
+        alt: what it says to those who cannot see it.
+        caption: what is seen, how many, which interval, which controls.
+    """
+
+    name: str
+    png: bytes
+    narrow_png: bytes
+    alt: str
+    caption: str
+
+    @property
+    def source(self) -> str:
+        """The picture as a data URL, so that the page needs no second file."""
+        return _data_url(self.png)
+
+    @property
+    def narrow_source(self) -> str:
+        """The picture for narrow screens as a data URL."""
+        return _data_url(self.narrow_png)
+
+
+def _data_url(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+
+
+def draw_plots(data: ReportData) -> dict[str, Plot]:
+    """Draw what the data allow, by file name without suffix; a section without data has no plot."""
+    drawn: dict[str, Plot] = {}
+
+    def add(name: str, draw: Callable[..., bytes], alt: str, caption: str) -> None:
+        drawn[name] = Plot(name, draw(narrow=False), draw(narrow=True), alt, caption)
+
+    model = result_model(data)
+    result = model.name if model else ""
+    setting, all_settings, all_suites = main_setting(data), settings(data), suites(data)
+    for index, suite in enumerate(all_suites):
+        suffix = f"-{index + 1}" if index else ""
+        beside = setting if index == 0 else None
+        if any(row.overall for row in suite.rows):
+            add(
+                f"accuracy{suffix}",
+                lambda narrow, suite=suite, beside=beside: plots.score_chart(suite, beside, result, narrow=narrow),
+                _score_alt(suite, beside),
+                _score_caption(suite, beside),
+            )
+        if len(suite.tasks) > 1:
+            add(
+                f"tasks{suffix}",
+                lambda narrow, suite=suite: plots.task_chart(suite, result, narrow=narrow),
+                f"Bar chart of accuracy by task. {'; '.join(map(_task_alt(suite), suite.tasks))}.",
+                "Right answers by task, whiskers: 95% intervals. The numbers stand in the table below.",
+            )
+    if place := frontier(data):
+        add(
+            "frontier",
+            lambda narrow: plots.frontier_chart(place, result, len(data.layout), narrow=narrow),
+            _frontier_alt(place),
+            _frontier_caption(place, setting),
+        )
+    if all_settings and (len(all_settings) > 1 or not all_suites):
+        names = dict.fromkeys(speed.model for speed in data.throughput)
+        models = sorted(map(data.model, names), key=lambda entry: entry.is_control)
+        add(
+            "throughput",
+            lambda narrow: plots.throughput_chart(models, all_settings, result, narrow=narrow),
+            f"Bar chart of throughput. {' '.join(_speed_alt(data, one) for one in all_settings)}",
+            "Tokens generated per second over the whole batch: the median of the repeats, "
+            "whiskers from the slowest to the fastest.",
+        )
+    _add_rankings(data, add)
+    curves = [curve for curve in data.losses if curve.steps]
+    if curves:
+        parts = [f"{c.label} from {number(c.losses[0])} to {number(c.losses[-1])} {c.unit}" for c in curves]
+        add(
+            "loss",
+            lambda narrow: plots.loss_chart(curves, narrow=narrow),
+            f"Line chart of the training loss against tokens. {'; '.join(parts)}.",
+            "Loss of each training stage against the tokens it was trained on"
+            + (", controls in grey." if any(curve.is_control for curve in curves) else "."),
+        )
+    if data.memory:
+        parts = [f"{model.label} {short_bytes(model.bytes_at(131072))}" for model in data.memory]
+        add(
+            "memory",
+            lambda narrow: plots.memory_chart(data.memory, narrow=narrow),
+            f"Line chart of a sequence's cache against its length. At 131072 tokens: {'; '.join(parts)}.",
+            "Keys and values of the attention layers and states of the mixers, for one sequence. Both axes double "
+            "from line to line.",
+        )
+    return drawn
+
+
+def _add_rankings(data: ReportData, add: Callable[[str, Callable[..., bytes], str, str], None]) -> None:
+    scored = [entry for entry in data.rankings if entry.is_scored]
+    has_controls = any(entry.is_control for entry in data.rankings)
+    if scored:
+        parts = [f"{panel_title(entry)} would replace {listing(entry.chosen)}" for entry in scored]
+        add(
+            "importance",
+            lambda narrow: plots.importance_chart(scored, narrow=narrow),
+            f"Bar chart of the importance of each layer by method. {'; '.join(parts)}.",
+            " ".join(_importance_caption(scored)),
+        )
+    sloped = [entry for entry in data.rankings if entry.slopes]
+    if sloped:
+        kept = "; ".join(map(_slope_alt, sloped))
+        counts = sorted({len(entry.slopes) for entry in sloped})
+        number_of = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        add(
+            "before_after",
+            lambda narrow: plots.slope_chart(sloped, narrow=narrow),
+            f"Slope chart of the loss of each layer before and after training. {kept}.",
+            f"One line per layer, {number_of} layers: the loss with a mixer in its place, as initialised and after "
+            "training it. The two lowest, the two highest and the steepest line are labelled with the loss they end "
+            "at. Thick lines are the layers chosen.",
+        )
+    if data.rankings:
+        parts = [f"{panel_title(entry)}: {listing(entry.chosen)}" for entry in data.rankings]
+        add(
+            "layers",
+            lambda narrow: plots.layer_strips(data.rankings, narrow=narrow),
+            f"Strips of replaced layers. {'; '.join(parts)}.",
+            "What each ranking would replace"
+            + (", controls in grey" if has_controls else "")
+            + ". Where there is room, the number is the place in the order, 1 for the least important layer."
+            + (" Small squares are mixers already." if any(entry.replaced for entry in data.rankings) else ""),
+        )
+
+
+def _importance_caption(rankings: list[Ranking]) -> list[str]:
+    parts = ["The taller the bar, the more the layer matters. Hatched layers are the ones that the ranking replaces."]
+    if any(log_floor(entry.scores) is not None for entry in rankings):
+        parts.append("Where scores differ by a factor of 50 or more, the axis is logarithmic.")
+    papers = dict.fromkeys(f"{entry.method}, {entry.paper}" for entry in rankings if entry.paper)
+    return [*parts, f"Methods: {'; '.join(papers)}."] if papers else parts
+
+
+def _slope_alt(ranking: Ranking) -> str:
+    values = {layer: (before, after) for layer, before, after in ranking.slopes}
+    ends = [f"layer {at} from {number(values[at][0])} to {number(values[at][1])}" for at in extremes(ranking)]
+    return f"{panel_title(ranking)}: {', '.join(ends)} {ranking.unit}"
+
+
+def _score_alt(suite: Suite, setting: Setting | None) -> str:
+    parts = []
+    for row in suite.rows:
+        speed = setting.of(row.model.name) if setting else None
+        beside = f", {_speed(setting, speed)}" if setting and speed else ""
+        parts.append(f"{row.model.label} {percent(row.overall.value if row.overall else None)}{beside}")
+    what = "accuracy over all tasks" + (", and of throughput" if setting else "")
+    return f"Bar chart of {what}. {'; '.join(parts)}."
+
+
+def _speed(setting: Setting, speed: Measure) -> str:
+    return f"{times(speed.value)} the speed" if setting.is_relative else f"{number(round(speed.value))} tokens/s"
+
+
+def _score_caption(suite: Suite, setting: Setting | None) -> str:
+    mean = "Mean accuracy" if suite.is_harness else "Accuracy"
+    parts = [f"{mean} over {suite.asked}, whiskers: 95% intervals."]
+    if setting and any(setting.of(row.model.name) for row in suite.rows):
+        repeats = {speed.repeats for speed in setting.speeds.values()}
+        of = f"{min(repeats)} repeats" if len(repeats) == 1 else f"{min(repeats)} to {max(repeats)} repeats"
+        parts.append(f"Throughput: {setting}; the median of {of}, whiskers from the slowest to the fastest.")
+    if any(row.model.is_control for row in suite.rows):
+        parts.append("Hatched bars are controls.")
+    return " ".join(parts)
+
+
+def _task_alt(suite: Suite) -> Callable[[str], str]:
+    def alt(task: str) -> str:
+        shares = [f"{row.model.label} {percent(row.tasks[task].value)}" for row in suite.rows if task in row.tasks]
+        return f"{task}: {', '.join(shares)}"
+
+    return alt
+
+
+def _speed_alt(data: ReportData, setting: Setting) -> str:
+    speeds = [(data.model(name), setting.of(name)) for name in setting.speeds]
+    parts = [f"{model.label} {_speed(setting, speed)}" for model, speed in speeds if speed]
+    return f"{setting}: {', '.join(parts)}."
+
+
+def _frontier_alt(place: Frontier) -> str:
+    parts = []
+    for point in place.points:
+        x = {"throughput": f"{point.x:.3g}", "mixers": f"{point.x:.0f}", "cache": short_bytes(point.x)}[place.axis]
+        spent = point.model.cumulative_tokens
+        after = f" after {token_count(spent)}" if spent else ""
+        parts.append(f"{point.model.label} {percent(point.quality.value)} at {x}{after}")
+    return f"Scatter chart of accuracy against {place.label}. {'; '.join(parts)}."
+
+
+def _frontier_caption(place: Frontier, setting: Setting | None) -> str:
+    seen = "Up and to the left is better" if place.axis == "cache" else "Up and to the right is better"
+    parts = [f"{seen}. Vertical lines: 95% intervals."]
+    if any(point.model.cumulative_tokens for point in place.points):
+        parts.append("Tokens are those spent on a model so far, all its stages together.")
+    if any(point.model.is_teacher for point in place.points):
+        parts.append("The dotted line is the teacher's accuracy.")
+    parts.append("The thin line joins the models that no other beats in both.")
+    if any(point.model.is_control for point in place.points):
+        parts.append("Crosses are controls.")
+    if place.axis == "throughput" and setting:
+        parts.append(f"Throughput: {setting}.")
+    return " ".join(parts)

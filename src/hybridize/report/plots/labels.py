@@ -1,0 +1,149 @@
+"""Labels beside the things they name, without covering one another."""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Move places apart until neighbours are at least `gap` from each other, each as little as possible.
+
+    Places that crowd each other become a block, centred on their mean.
+
+    Args:
+        places: along one axis, in any order.
+        gap: in the same unit.
+
+    Returns:
+        The new places, in the order given.
+    """
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    blocks: list[tuple[float, list[int]]] = []
+    for index in order:
+        blocks.append((places[index], [index]))
+        while len(blocks) > 1:
+            (low, below), (high, above) = blocks[-2:]
+            if high - low >= gap * (len(below) + len(above)) / 2:
+                break
+            centre = (low * len(below) + high * len(above)) / (len(below) + len(above))
+            blocks[-2:] = [(centre, below + above)]
+    moved = [0.0] * len(places)
+    for centre, block in blocks:
+        for rank, index in enumerate(block):
+            moved[index] = centre + gap * (rank - (len(block) - 1) / 2)
+    return moved
+
+
+_DIRECTIONS = ((1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, -2), (-1, -2), (1, 2), (-1, 2))
+_DISTANCES = (7, 14, 22, 34, 50, 70)
+_LINE_FROM = 16
+_PER_POINT = 8.0
+_NEAR = 14
+_MISLEADING = 150.0
+
+
+def place_labels(
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    texts: Sequence[str],
+    obstacles: Sequence[Bbox],
+    lines: Sequence[Bbox],
+    weights: Sequence[str],
+    size: float = 8,
+) -> None:
+    """Write a text beside each point where it covers no other text, no obstacle, and stays within the axes.
+
+    The figure's layout must stand. A text that had to go far away gets a line to its point.
+
+    Args:
+        axes: where to.
+        points: in data coordinates.
+        texts: one per point; the first have the first choice.
+        obstacles: what must stay visible, in display coordinates.
+        lines: what is better not covered, but may be.
+        weights: font weight per text.
+        size: of the letters, points.
+    """
+    to_pixels = axes.figure.dpi / 72
+    inside = axes.get_window_extent()
+    placed: list[Bbox] = []
+    places = [(float(x), float(y)) for x, y in axes.transData.transform(points)]
+    for point, text, weight in zip(points, texts, weights, strict=True):
+        x, y = places[len(placed)]
+        note = axes.annotate(
+            text,
+            point,
+            (0, 0),
+            textcoords="offset points",
+            ha="left",
+            va="bottom",
+            fontsize=size,
+            fontweight=weight,
+            linespacing=1.15,
+            annotation_clip=False,
+        )
+        note.set_in_layout(False)
+        note.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+        extent = note.get_window_extent()
+
+        def cost(candidate: tuple[int, tuple[int, int]], x: float = x, y: float = y, extent: Bbox = extent) -> float:
+            distance, direction = candidate
+            box = _box(x, y, extent, distance * to_pixels, direction)
+            covered = 3 * sum(_overlap(box, other) for other in placed) + 2 * (_area(box) - _overlap(box, inside))
+            covered += sum(_overlap(box, other) for other in obstacles)
+            covered += 0.2 * sum(_overlap(box, other) for other in lines)
+            own = _gap(box, x, y)
+            nearer = sum(_gap(box, *other) < min(own, _NEAR * to_pixels) for other in places if other != (x, y))
+            covered += _MISLEADING * to_pixels**2 * nearer
+            return covered + _PER_POINT * to_pixels * distance + _DIRECTIONS.index(direction)
+
+        distance, direction = min(itertools.product(_DISTANCES, _DIRECTIONS), key=cost)
+        box = _box(x, y, extent, distance * to_pixels, direction)
+        placed.append(box)
+        note.set_position(((box.x0 - x) / to_pixels, (box.y0 - y) / to_pixels))
+        note.set_multialignment({1: "left", -1: "right", 0: "center"}[_sign(direction[0])])
+        if distance > _LINE_FROM:
+            near = (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
+            (x1, y1), (x2, y2) = axes.transData.inverted().transform([(x, y), near])
+            axes.plot([x1, x2], [y1, y2], color="#8c959f", linewidth=0.7, zorder=1.5)
+
+
+def _box(x: float, y: float, extent: Bbox, distance: float, direction: tuple[int, int]) -> Bbox:
+    """Where a text of that extent stands when it is moved away from a point, in display coordinates."""
+    right, up = direction
+    left = x + distance * right - extent.width * (0.5 - 0.5 * _sign(right))
+    bottom = y + distance * up - extent.height * (0.5 - 0.5 * _sign(up))
+    return Bbox.from_bounds(left, bottom, extent.width, extent.height)
+
+
+def _gap(box: Bbox, x: float, y: float) -> float:
+    return math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))
+
+
+def _sign(value: int) -> int:
+    return (value > 0) - (value < 0)
+
+
+def along(points: Sequence[tuple[float, float]], step: float = 6.0) -> list[Bbox]:
+    """Small boxes along a line through points in display coordinates: what labels should not cover."""
+    boxes = []
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        count = max(1, round(math.hypot(x1 - x0, y1 - y0) / step))
+        for index in range(count + 1):
+            x, y = x0 + (x1 - x0) * index / count, y0 + (y1 - y0) * index / count
+            boxes.append(Bbox([[x - step / 2, y - 2], [x + step / 2, y + 2]]))
+    return boxes
+
+
+def _area(box: Bbox) -> float:
+    return float(box.width * box.height)
+
+
+def _overlap(box: Bbox, other: Bbox) -> float:
+    width = min(box.x1, other.x1) - max(box.x0, other.x0)
+    height = min(box.y1, other.y1) - max(box.y0, other.y0)
+    return float(width * height) if width > 0 and height > 0 else 0.0

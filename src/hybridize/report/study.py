@@ -1,0 +1,258 @@
+"""What belongs together: measurements of one model, models under one measurement, quality beside speed."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+from hybridize.report.data import Model, ReportData
+from hybridize.report.measures import HarnessScore, Ranking, Score, Throughput
+from hybridize.report.numbers import NBSP, TIMES
+
+Z_95 = 1.959963984540054
+"""The two-sided 95% quantile of the normal distribution."""
+
+Entry = TypeVar("Entry")
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A value with the ends of its 95% interval, where one is known."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class SuiteRow:
+    """One model's quality: over all tasks (None if that is not comparable), and by task."""
+
+    model: Model
+    overall: Measure | None
+    tasks: Mapping[str, Measure]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Models judged by the same questions.
+
+    Attributes:
+        name: what was asked; may be empty where there is one suite only.
+        rows: models in the run's order, controls last.
+        is_harness: whether the questions are lm-evaluation-harness tasks.
+        asked: how many questions make up `overall`, in words.
+    """
+
+    name: str
+    rows: tuple[SuiteRow, ...]
+    is_harness: bool
+    asked: str
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of all tasks, in their order of appearance."""
+        return tuple(dict.fromkeys(task for row in self.rows for task in row.tasks))
+
+    @property
+    def teacher(self) -> Measure | None:
+        """The teacher's quality over all tasks."""
+        return self.of("teacher")
+
+    def of(self, name: str) -> Measure | None:
+        """A model's quality over all tasks."""
+        return next((row.overall for row in self.rows if row.model.name == name and row.overall), None)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Models whose speed was measured in the same way."""
+
+    batch_size: int
+    prompt_tokens: int
+    new_tokens: int
+    speeds: Mapping[str, Throughput]
+
+    def __str__(self) -> str:
+        return f"batch of {self.batch_size}, {self.prompt_tokens:,}{NBSP}prompt and {self.new_tokens:,}{NBSP}new tokens"
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether the teacher was measured too, so that speeds can be given as multiples of its speed."""
+        return "teacher" in self.speeds
+
+    @property
+    def unit(self) -> str:
+        """What `of` is measured in."""
+        return f"throughput, {TIMES} the teacher's" if self.is_relative else "throughput, tokens per second"
+
+    def of(self, name: str) -> Measure | None:
+        """A model's speed, in `unit`, with its slowest and fastest repeat; None if it was not measured."""
+        speed = self.speeds.get(name)
+        if speed is None:
+            return None
+        one = self.speeds["teacher"].tokens_per_second if self.is_relative else 1.0
+        return Measure(speed.tokens_per_second / one, speed.low / one, speed.high / one)
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """A model's place: quality over what it costs to run."""
+
+    model: Model
+    x: float
+    quality: Measure
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Quality against speed, or against the next best that is known.
+
+    Attributes:
+        axis: what `x` is: the throughput, the number of mixer layers, or the cache per token.
+        label: of the x axis, with its unit.
+        points: in the run's order.
+        note: what a reader must know; empty where throughput was measured.
+    """
+
+    axis: Literal["throughput", "mixers", "cache"]
+    label: str
+    points: tuple[FrontierPoint, ...]
+    note: str = ""
+
+    @property
+    def best(self) -> tuple[FrontierPoint, ...]:
+        """Points that no other one beats in both, controls left aside; from the left to the right."""
+        sign = -1 if self.axis == "cache" else 1
+        models = [point for point in self.points if not point.model.is_control]
+
+        def beats(a: FrontierPoint, b: FrontierPoint) -> bool:
+            gains = (sign * (a.x - b.x), a.quality.value - b.quality.value)
+            return min(gains) >= 0 and max(gains) > 0
+
+        kept = [point for point in models if not any(beats(other, point) for other in models)]
+        return tuple(sorted(kept, key=lambda point: point.x))
+
+
+def suites(data: ReportData) -> tuple[Suite, ...]:
+    """The evaluations by suite, then the harness's results."""
+    found = []
+    for name, entries in grouped(data.evaluations, lambda entry: entry.suite).items():
+        rows = []
+        for entry in entries:
+            model = data.model(entry.key)
+            model = replace(model, label=entry.label, is_control=entry.is_control or model.is_control)
+            tasks = {task: _measure(score) for task, score in entry.tasks.items()}
+            rows.append(SuiteRow(model, _measure(entry.overall), tasks))
+        totals = sorted({entry.overall.total for entry in entries})
+        asked = f"{totals[0]:,}" if len(totals) == 1 else f"{totals[0]:,} to {totals[-1]:,}"
+        found.append(Suite(name, _controls_last(rows), False, f"{asked} answers of each model"))
+    if harness := _harness_suite(data):
+        found.append(harness)
+    return tuple(found)
+
+
+def _measure(score: Score) -> Measure:
+    return Measure(score.accuracy, score.low, score.high)
+
+
+def _controls_last(rows: Sequence[SuiteRow]) -> tuple[SuiteRow, ...]:
+    return tuple(sorted(rows, key=lambda row: row.model.is_control))
+
+
+def _harness_suite(data: ReportData) -> Suite | None:
+    """The harness's shares by task; a model without all tasks has no mean, for it would be of other questions."""
+    shares = [score for score in data.harness if score.is_share]
+    if not shares:
+        return None
+    tasks = list(dict.fromkeys(score.task for score in shares))
+    rows = []
+    for name, scores in grouped(shares, lambda score: score.model).items():
+        first: dict[str, HarnessScore] = {}
+        for score in scores:
+            first.setdefault(score.task, score)
+        measures = {task: _harness_measure([first[task]]) for task in tasks if task in first}
+        overall = _harness_measure(list(first.values())) if len(first) == len(tasks) else None
+        rows.append(SuiteRow(data.model(name), overall, measures))
+    return Suite(
+        "lm-evaluation-harness", _controls_last(rows), True, "one task" if len(tasks) == 1 else f"{len(tasks)} tasks"
+    )
+
+
+def _harness_measure(scores: Sequence[HarnessScore]) -> Measure:
+    """Mean over tasks, with the 95% interval that the tasks' standard errors give if all are known."""
+    mean = sum(score.value for score in scores) / len(scores)
+    errors = [score.stderr for score in scores if score.stderr is not None]
+    if len(errors) < len(scores):
+        return Measure(mean)
+    half = Z_95 * math.sqrt(sum(error**2 for error in errors)) / len(errors)
+    return Measure(mean, max(0.0, mean - half), min(1.0, mean + half))
+
+
+def main_suite(data: ReportData) -> Suite | None:
+    """The suite that the first sentence and the frontier use: the first that compares models, else the first."""
+    found = [suite for suite in suites(data) if any(row.overall for row in suite.rows)]
+    compared = [suite for suite in found if sum(row.overall is not None for row in suite.rows) > 1]
+    return next(iter(compared or found), None)
+
+
+def settings(data: ReportData) -> tuple[Setting, ...]:
+    """Throughput by setting; of two measurements of a model in one setting, the later counts."""
+    by = grouped(data.throughput, lambda speed: (speed.batch_size, speed.prompt_tokens, speed.new_tokens))
+    return tuple(Setting(*key, {speed.model: speed for speed in speeds}) for key, speeds in by.items())
+
+
+def main_setting(data: ReportData) -> Setting | None:
+    """The setting in which most models were measured, the first of equals."""
+    return max(settings(data), key=lambda setting: len(setting.speeds), default=None)
+
+
+def frontier(data: ReportData) -> Frontier | None:
+    """Quality against throughput; where none was measured, against mixer layers or the cache.
+
+    Returns:
+        None unless two models, one of them not the teacher, have a place.
+    """
+    suite, setting = main_suite(data), main_setting(data)
+    if suite is None:
+        return None
+    if setting is not None and (points := _points(suite, lambda model: setting.of(model.name))):
+        return Frontier("throughput", setting.unit, points)
+    note = "No throughput was measured in this run; {} stands in for it, and says nothing about speed by itself."
+    if points := _points(suite, _mixers):
+        total = f" of {len(data.layout)}" if data.layout else ""
+        return Frontier("mixers", f"mixer layers{total}", points, note.format("the number of mixer layers"))
+    cache = {memory.key: Measure(memory.kv_bytes_per_token) for memory in data.memory}
+    if points := _points(suite, lambda model: cache.get(model.name)):
+        return Frontier("cache", "cache, bytes per token", points, note.format("the cache that each token takes"))
+    return None
+
+
+def _mixers(model: Model) -> Measure | None:
+    count = 0 if model.is_teacher else model.num_mixers
+    return None if count is None else Measure(count)
+
+
+def _points(suite: Suite, place: Callable[[Model], Measure | None]) -> tuple[FrontierPoint, ...]:
+    """The models that have both; none at all if there is nothing to compare."""
+    points = []
+    for row in suite.rows:
+        x = place(row.model)
+        if x is not None and row.overall is not None:
+            points.append(FrontierPoint(row.model, x.value, row.overall))
+    compares = len(points) > 1 and any(not point.model.is_teacher for point in points)
+    return tuple(points) if compares else ()
+
+
+def ranking_groups(rankings: Sequence[Ranking]) -> dict[str, list[Ranking]]:
+    """Rankings by the stage that they were made for."""
+    return grouped(rankings, lambda ranking: ranking.stage)
+
+
+def grouped(entries: Sequence[Entry], key: Callable[[Entry], Key]) -> dict[Key, list[Entry]]:
+    """Entries by key, both in their order of appearance."""
+    groups: dict[Key, list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault(key(entry), []).append(entry)
+    return groups
