@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranking_example import NUM_LAYERS, build_teacher, draw_batch, rank_stage
 
-from hybridize.importance import mmr, rank_layers
+from hybridize.importance import mmr, rank_layers, rows
 from hybridize.importance.decoder import run_layers, run_up_to
-from hybridize.importance.mmr import Rows, rate_at
+from hybridize.importance.rows import Rows
+from hybridize.importance.steps import rate_at
 from hybridize.losses.divergence import dense_divergence
 from hybridize.models import attention_module, convert_model, layout_of
 from hybridize.spec import LayoutSpec, Mamba1Spec
@@ -29,14 +30,14 @@ def plain_loss(student, teacher, batch):
 @pytest.mark.parametrize("layer", range(NUM_LAYERS))
 def test_loss_and_gradients_are_those_of_the_whole_model(teacher, batches, layer, checkpoint):
     student = convert_model(teacher, layout_of(teacher.config), share=True).requires_grad_(False)
-    rows = Rows(batches[0], torch.device("cpu"))
-    rows.see_teacher(teacher)
+    kept = Rows(batches[0], torch.device("cpu"))
+    kept.see_teacher(teacher)
     for stop in range(layer + 1):  # one layer at a time, as the sweep does
-        rows.advance(student, stop)
+        kept.advance(student, stop)
     replace_layer(student, layer, MIXER)
     parameters = list(attention_module(student, layer).requires_grad_(True).parameters())
 
-    loss = rows.loss(student, teacher, checkpoint=checkpoint)
+    loss = kept.divergence(student, teacher, checkpoint=checkpoint)
     expected = plain_loss(student, teacher, batches[0])
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     gradients = torch.autograd.grad(loss, parameters)
@@ -164,7 +165,7 @@ def test_resumed_equals_uninterrupted_and_trains_nothing_twice(batches, heldout,
     assert len(progress) == 1 + 2 * stage.steps
 
     tried.clear()
-    monkeypatch.setattr(mmr, "run_layers", None)  # not a single forward
+    monkeypatch.setattr(rows, "run_layers", None)  # not a single forward
     again = rank("killed")
     assert tried == []
     assert again.scores == whole.scores
@@ -246,7 +247,7 @@ def test_state_files_say_what_they_are(batches, heldout, stage, tmp_path):
     teacher = build_teacher()
     ranking = rank_layers(teacher, teacher, batches, heldout, stage, state_dir=tmp_path)
     state = json.loads((tmp_path / "layer-1.json").read_text())
-    assert state["format"] == "hybridize.ranking-layer/1"
-    assert (state["layer"], state["after_nats"]) == (1, ranking.scores[1])
-    assert state["num_tokens"] == stage.steps * stage.tokens_per_step
+    assert state["format"] == "hybridize.ranking-layer/2"
+    assert (state["layer"], state["score"]) == (1, ranking.scores[1])
+    assert state["tokens"] == stage.steps * stage.tokens_per_step
     assert draw_batch(0)["input_ids"].numel() == stage.tokens_per_step

@@ -200,7 +200,11 @@ def test_the_cost_is_known_beforehand():
     assert cost["tokens_per_layer"] == 2400
     assert cost["tokens"] == 9600
     assert cost["layer_passes"] == 10 * (4 + 3 + (4 + 3 + 2 + 1))
-    assert cost["layer_passes"] + cost["layer_passes_saved"] == 10 * 4 * (4 + 4)
+    assert cost["layer_passes_cheap"] == cost["layer_passes"]
+    assert cost["layer_passes_plain"] == 10 * 4 * (4 + 4)
+    plain = rank_cost(4, rank_stage(steps=10, tokens_per_step=240, sweep="plain"))
+    assert plain["layer_passes"] == cost["layer_passes_plain"]
+    assert plain["layer_passes_cheap"] == cost["layer_passes_cheap"]
     assert rank_cost(4, stage, layers=(1, 3))["tokens"] == 4800
     assert set(rank_cost(4, rank_stage(method="uniform")).values()) == {0}
 

@@ -13,63 +13,10 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from hybridize.models import FAMILIES, attention_module, convert_model, logit_rule_of, swap_layer
 from hybridize.models.checkpoint import load_model, load_teacher, weight_files
 from hybridize.spec import LayoutSpec, Mamba1Spec
+from tiny_families import FULL, NUM_LAYERS, SIZES, SLIDING, TINY, build_teacher
 
-# Importing anything of hybridize makes AutoModelForCausalLM know the hybrids.
-SLIDING, FULL = "sliding_attention", "full_attention"
-NUM_LAYERS = 4
 MIXER = Mamba1Spec(state_size=4)
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": NUM_LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
-# Whatever is special of a family is switched on; windows are shorter than what is generated below.
-TINY = {
-    "llama": {"attention_bias": True, "tie_word_embeddings": True},
-    "mistral": {"sliding_window": 6},
-    "ministral": {"sliding_window": 6, "layer_types": [SLIDING, FULL] * 2},
-    "ministral3": {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}},
-    "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
-    "qwen3": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2, "attention_bias": True},
-    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
-    "gemma3_text": {
-        "sliding_window": 6,
-        "sliding_window_pattern": 2,
-        "query_pre_attn_scalar": 8,
-        "final_logit_softcapping": 3.0,
-    },
-    "phi3": {},
-    "olmo2": {"attention_bias": True},
-    "smollm3": {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 6},
-    "granite": {
-        "attention_bias": True,
-        "attention_multiplier": 0.2,
-        "embedding_multiplier": 2.0,
-        "residual_multiplier": 0.5,
-        "logits_scaling": 3.0,
-    },
-    "starcoder2": {"sliding_window": 6},
-    "cohere2": {"sliding_window": 6, "sliding_window_pattern": 2, "logit_scale": 0.25},
-    "gpt_neox": {"rotary_pct": 0.5},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_moe": {
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "mlp_only_layers": [1],
-    },
-}
 TYPES = {
     "mistral": [SLIDING] * 4,
     "ministral": [SLIDING, FULL] * 2,
@@ -81,17 +28,6 @@ TYPES = {
     "starcoder2": [SLIDING] * 4,
     "cohere2": [SLIDING, FULL] * 2,
 }
-
-
-def build(model_type):
-    """The teacher, with no parameter at a value, such as a bias of 0, at which it might as well not be there."""
-    torch.manual_seed(0)
-    row = FAMILIES[model_type]
-    teacher = row.teacher_model()(row.teacher_config()(**SIZES | TINY[model_type])).eval()
-    with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.05)
-    return teacher
 
 
 def replace(teacher, *replaced, **options):
@@ -110,7 +46,7 @@ def family(request):
 
 @pytest.fixture(scope="module")
 def teacher(family):
-    return build(family.model_type)
+    return build_teacher(family.model_type)
 
 
 @pytest.fixture(scope="module")

@@ -80,6 +80,36 @@ def test_cache_has_the_layer_that_each_mixer_needs(replaced, window):
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("replaced", [[], [0], [1], [0, 1], [0, 2], [1, 3], [0, 1, 2], [0, 1, 2, 3]])
+def test_where_some_layers_slide_the_first_other_one_can_count_tokens(replaced):
+    """Releases up to 5.22 ask the first layer of the cache that does not slide, a mixer or not."""
+    config_class = hybrid_config_class("gemma2")
+    sizes = SIZES | {"num_hidden_layers": 4, "sliding_window": 6}
+    layout = LayoutSpec.replace(4, replaced, Mamba1Spec(state_size=4)).resolve(geometry_of(config_class(**sizes)))
+    config = config_class(**sizes, mixers=[mixer.model_dump() for mixer in layout.layers])
+    cache = DynamicCache(config=config)
+    asked = cache.is_sliding.index(False)
+    assert isinstance(cache.layers[asked], DynamicLayer)
+    assert not isinstance(cache.layers[asked], DynamicSlidingWindowLayer)
+    assert config.layer_types.count("hybrid") == (asked in replaced)
+
+
+def test_attention_types_of_another_length_are_an_error():
+    config_class = hybrid_config_class("gemma2")
+    with pytest.raises(ValueError, match=r"config\.attention_types: it has 2 entries, but the model has 3 layers"):
+        config_class(**SIZES, attention_types=["full_attention"] * 2)
+
+
+def test_config_of_before_attention_types_loads(tmp_path):
+    config_class = hybrid_config_class("mistral")
+    config_class(**SIZES, sliding_window=6, mixers=mixers(config_class, [0])).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    stored = json.loads(file.read_text())
+    del stored["attention_types"]
+    file.write_text(json.dumps(stored))
+    assert config_class.from_pretrained(tmp_path).attention_types == ["sliding_attention"] * 3
+
+
 def test_mistral_does_not_warn_about_layer_types(tmp_path, caplog):
     config_class = hybrid_config_class("mistral")
     config_class(**SIZES, mixers=mixers(config_class, [0])).save_pretrained(tmp_path)

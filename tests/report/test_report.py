@@ -1,116 +1,50 @@
 """The page says everything, loads nothing, survives gaps and hostile strings, and is repeatable."""
 
-import io
 import re
-import struct
-import zlib
 from dataclasses import replace
-from html.parser import HTMLParser
 
-import matplotlib
 import pytest
+from reading import Page, plain, read_png
 from report_example import example
-from rich.console import Console
+from report_small import DISTILLED, EMPTY, FULL, METHOD, TEACHER, UNIFORM
 
 from hybridize.report import (
     CacheMemory,
-    Evaluation,
+    HarnessScore,
     LossCurve,
+    Merge,
+    Model,
     Ranking,
     ReportData,
-    Score,
     StageCost,
-    console_summary,
+    TextScore,
+    Throughput,
+    TokenSpend,
+    Traces,
     headline,
-    plots,
     render_page,
     write_report,
 )
 from hybridize.report.data import break_even_tokens
-from hybridize.report.page import MAX_TABLE_POINTS, draw_plots
-from hybridize.report.summary import duration, number, percent, short_bytes, short_count
+from hybridize.report.figures import draw_plots
+from hybridize.report.page import MAX_TABLE_POINTS
 
-TEACHER = Evaluation(
-    "teacher", "teacher", Score(161, 200, 0.805, 0.744, 0.854), {"sums": Score(81, 90, 0.9, 0.821, 0.946)}
-)
-DISTILLED = Evaluation("distilled", "hybrid", Score(138, 200, 0.69, 0.623, 0.75), steps_correct=127)
-RANDOM = Evaluation("random init: distilled", "random", Score(23, 200, 0.115, 0.078, 0.167), is_control=True)
-METHOD = Ranking("MMR", (0.0713, 0.00291, None, -0.00417), order=(3, 1, 0), chosen=(3, 1))
-UNIFORM = Ranking("uniform", (None,) * 4, order=(1, 3), chosen=(1, 3), is_control=True)
-
-FULL = ReportData(
-    title="A run",
-    created="2026-03-14 15:09 UTC",
-    teacher="tiny-teacher",
-    layout=("attention", "mamba1", "attention", "mamba1"),
-    recipe="stages:\n  - kind: distil\n",
-    versions={"torch": "2.13.0", "hybridize": "0.1.0"},
-    rankings=(METHOD, UNIFORM),
-    losses=(
-        LossCurve("distil", "hybrid", (7, 14, 21), (3.217, 0.4821, 0.0931), (57344, 114688, 172032)),
-        LossCurve("scratch", "random", (8, 16), (9.473, 5.518), (65536, 131072), is_control=True),
-    ),
-    evaluations=(TEACHER, DISTILLED, RANDOM),
-    memory=(CacheMemory("teacher", 12288, 0), CacheMemory("hybrid", 6144, 417792)),
-    costs=(StageCost("distil", 431.6, 172032, 28311552), StageCost("evaluate", 52.4, status="skipped")),
-)
-EMPTY = ReportData(title="Nothing yet", created="today", teacher="t", layout=())
+SECTIONS = {
+    "rankings": "Which layers matter",
+    "losses": "Training loss",
+    "evaluations": "Accuracy, judged by generation: level 2",
+    "memory": "Cache of one sequence",
+    "costs": "What it took",
+    "throughput": "Throughput",
+    "harness": "Harness tasks",
+    "texts": "Plain text: perplexity and distance from the teacher",
+    "traces": "Traces made for training",
+    "merges": "Merged models",
+}
 
 
-class Text(HTMLParser):
-    """The page's text and the addresses it would load."""
-
-    def __init__(self):
-        super().__init__()
-        self.words, self.sources, self.images, self.tags = [], [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        attributes = dict(attrs)
-        self.sources += [value for name, value in attrs if name in ("src", "href", "srcset", "action", "poster")]
-        if tag == "img":
-            self.images.append(attributes)
-
-    def handle_data(self, data):
-        if self.lasttag != "style":
-            self.words.append(data)
-
-
-def read(page):
-    parsed = Text()
-    parsed.feed(page)
-    parsed.text = plain(" ".join(parsed.words))
-    return parsed
-
-
-def plain(text):
-    """The text with each run of spaces, whatever their kind, as one, and every dash a hyphen."""
-    return re.sub(r"\s+", " ", text).replace("\N{EN DASH}", "-")
-
-
-def decode_png(content):
-    """(width, height) of a PNG whose chunks are all intact."""
-    assert content[:8] == b"\x89PNG\r\n\x1a\n"
-    stream, size, names = io.BytesIO(content[8:]), None, []
-    while header := stream.read(8):
-        length, name = struct.unpack(">I4s", header)
-        body, (checksum,) = stream.read(length), struct.unpack(">I", stream.read(4))
-        assert zlib.crc32(name + body) == checksum
-        names.append(name)
-        if name == b"IHDR":
-            size = struct.unpack(">II", body[:8])
-    assert names[-1] == b"IEND"
-    assert b"tIME" not in names
-    return size
-
-
-@pytest.fixture(scope="module")
-def full_page():
-    return render_page(FULL)
-
-
-def test_every_number_appears_on_the_page(full_page):
-    text = read(full_page).text
+def test_every_number_of_a_small_run_appears_on_the_page(undrawn):
+    text = Page(render_page(FULL)).text
     expected = [
         *("161 of 200", "80.5 %", "74.4-85.4 %", "81 of 90", "90.0 %", "82.1-94.6 %"),
         *("138 of 200", "69.0 %", "62.3-75.0 %", "127"),
@@ -126,56 +60,115 @@ def test_every_number_appears_on_the_page(full_page):
     assert not missing
 
 
-def test_headline_is_arithmetic_on_the_evaluations(full_page):
-    sentence = (
-        "The distilled hybrid keeps 85.7 % of the teacher's accuracy (138 of 200 right, the teacher 161 of "
-        "200); the same budget from random initialisation: 14.3 %."
-    )
-    assert plain(headline(FULL)) == sentence
-    assert sentence in read(full_page).text
+def test_the_first_screen_says_the_result_with_its_figures(page):
+    sentence = headline(example())
+    before_sections = page.text.split("The hybrid, layer by layer")[0]
+    assert plain(sentence) in before_sections
+    for figure in ("84.0 %", "79.0 %", "94.0 % of the teacher's", "12 of 24", "1.82 x", "48 KiB", "12M 4 stages"):
+        assert figure in before_sections
 
 
-def test_headline_says_only_what_was_run():
-    without_control = replace(FULL, evaluations=(TEACHER, DISTILLED))
-    assert headline(without_control).endswith("(138 of 200 right, the teacher 161 of 200).")
-    for evaluations in ((), (TEACHER,), (DISTILLED, RANDOM), (TEACHER, RANDOM)):
-        assert headline(replace(FULL, evaluations=evaluations)) is None
-    hopeless = replace(TEACHER, overall=Score(0, 200, 0.0, 0.0, 0.019))
-    data = replace(FULL, evaluations=(hopeless, DISTILLED))
-    assert headline(data) is None
-    assert "budget from random" not in read(render_page(data)).text
+@pytest.mark.parametrize(
+    ("column", "name", "cells"),
+    [
+        ("Tokens so far", "16 of 24", ["16 of 24", "56.0 %", "66.7 %", "2.25 x", "2 790", "20 152 320"]),
+        ("Tokens so far", "teacher", ["0 of 24", "84.0 %", "100.0 %", "1.00 x", "1 240", "-"]),
+        ("pass@4", "12 of 24, SFT and merged", ["316 of 400", "79.0 %", "290", "79.0 %", "88.5 %"]),
+        ("pass@4", "6 of 24", ["325 of 400", "301", "-"]),
+        ("Slowest-fastest", "6 of 24", ["32", "16", "1 024", "1 612", "1 548-1 660", "3", "1.30 x"]),
+        ("Perplexity", "12 of 24, SFT and merged", ["wikitext-2 (test)", "100 000", "2.603", "13.5", "0.142"]),
+        ("Standard error", "gsm8k", ["exact_match, flexible-extract", "teacher", "81.2 %", "2.5 %", "250"]),
+        ("Standard error", "wikitext", ["word_perplexity", "12.06", "-"]),
+        ("Found right, kept", "traces", ["teacher", "1 000", "4", "4 000", "3 127", "78.2 %", "2 216 448", "world"]),
+        ("Sources and weights", "12 of 24, SFT and merged", ["slerp", "12 of 24: 0.3, sft: 0.7"]),
+        ("First loss", "fit of 6 layers", ["fit", "300", "4 915 200", "0.9647", "of the output's variance"]),
+        ("Trained parameters", "h-6-distill", ["1 h 26 min", "5 210", "4 915 200", "596 049 920", "done"]),
+    ],
+)
+def test_a_row_says_what_was_measured(page, column, name, cells):
+    row = page.row(column, name)
+    assert not [cell for cell in cells if cell not in row]
 
 
-SECTIONS = {
-    "rankings": "Which layers matter",
-    "losses": "Training loss",
-    "evaluations": "Accuracy, judged by generation",
-    "memory": "Cache of one sequence",
-    "costs": "What it took",
-    "recipe": "Recipe",
-    "versions": "Versions",
-}
+def test_numbers_stand_at_the_right(drawn):
+    html = render_page(example(), drawn)
+    cells = re.findall(r"<td([^>]*)>([^<]*)</td>", html)
+    number = r"\s*[\d\s]*\d(\.\d+)?(\s*[%\N{MULTIPLICATION SIGN}])?\s*"
+    numbers = [(attributes, cell) for attributes, cell in cells if re.fullmatch(number, cell)]
+    assert len(numbers) > 300
+    assert all('class="n' in attributes for attributes, _ in numbers)
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_a_missing_section_is_left_out_and_the_others_stay(section):
-    text = read(render_page(replace(FULL, **{section: type(getattr(FULL, section))()}))).text
-    assert {name for name, heading in SECTIONS.items() if heading not in text} == {section}
+def test_a_missing_section_is_left_out_and_the_others_stay(section, undrawn):
+    headings = Page(render_page(replace(example(), **{section: ()}))).headings
+    assert {name for name, heading in SECTIONS.items() if heading not in headings} == {section}
+
+
+@pytest.mark.parametrize(
+    ("field", "headings", "plots"),
+    [
+        (
+            "rankings",
+            [
+                "Which layers matter",
+                "Importance of each layer",
+                "Loss with a mixer in a layer's place, before and after training it",
+                "What each ranking replaces",
+            ],
+            {"importance", "before_after", "layers"},
+        ),
+        ("evaluations", ["Accuracy, judged by generation: level 2", "By task"], {"accuracy", "tasks"}),
+        ("harness", ["Harness tasks", "By task"], {"accuracy", "tasks"}),
+        ("throughput", ["Throughput"], {"throughput"}),
+        ("texts", ["Plain text: perplexity and distance from the teacher"], set()),
+        ("models", ["Models"], set()),
+        ("losses", ["Training loss"], {"loss"}),
+    ],
+)
+def test_a_report_of_one_thing_has_that_alone(field, headings, plots, undrawn):
+    whole = example()
+    data = replace(EMPTY, layout=("attention",) * 24, **{field: getattr(whole, field)})
+    page = Page(render_page(data))
+    assert page.headings == headings
+    assert set(draw_plots(data)) == plots
+    assert len(page.images) == len(plots)
 
 
 def test_a_report_on_nothing_is_still_a_page():
-    page = read(render_page(EMPTY))
+    page = Page(render_page(EMPTY))
     assert "Nothing yet" in page.text
     assert not page.images
+    assert not page.headings
     assert not draw_plots(EMPTY)
 
 
-def test_a_ranking_without_control_says_so(full_page):
-    assert "No control was run" not in full_page
+def test_harness_metrics_that_are_no_shares_are_told_without_a_chart(undrawn):
+    data = replace(EMPTY, harness=(HarnessScore("teacher", "wikitext", "word_perplexity", 12.06, is_share=False),))
+    page = Page(render_page(data))
+    assert page.headings == ["Harness tasks"]
+    assert "12.06" in page.row("Standard error", "wikitext")
+    assert not page.images
+
+
+def test_recipe_and_versions_are_left_out_where_there_are_none(undrawn):
+    headings = Page(render_page(replace(FULL, recipe="", versions={}))).headings
+    assert "How to run it again" not in headings
+    assert "How to run it again" in Page(render_page(replace(FULL, versions={}))).headings
+
+
+def test_a_ranking_without_control_says_so(undrawn):
+    assert "No control was run" not in render_page(FULL)
     assert "No control was run" in render_page(replace(FULL, rankings=(METHOD,)))
 
 
-def test_controls_alone_are_drawn_as_strips_only():
+def test_a_frontier_without_throughput_says_so(undrawn, page):
+    assert "No throughput was measured" not in page.text
+    text = Page(render_page(replace(example(), throughput=()))).text
+    assert "No throughput was measured in this run; the number of mixer layers stands in for it" in text
+
+
+def test_controls_alone_are_drawn_as_strips_only(undrawn):
     assert set(draw_plots(replace(EMPTY, layout=FULL.layout, rankings=(UNIFORM,)))) == {"layers"}
 
 
@@ -188,54 +181,66 @@ def test_hostile_strings_are_escaped():
         layout=(evil, "attention"),
         recipe=evil,
         versions={evil: evil},
-        rankings=(Ranking(evil, (0.1, 0.2), (0, 1), (0,), unit=evil),),
-        losses=(LossCurve(evil, evil, (1,), (2.0,), (3,)),),
+        rankings=(Ranking(evil, (0.1, 0.2), (0, 1), (0,), unit=evil, before=(0.3, 0.4), stage=evil, paper=evil),),
+        losses=(LossCurve(evil, evil, (1,), (2.0,), (3,), unit=evil, kind=evil),),
         evaluations=(
-            replace(TEACHER, label=evil, tasks={evil: TEACHER.overall}),
-            replace(DISTILLED, label=evil),
+            replace(TEACHER, label=evil, tasks={evil: TEACHER.overall}, suite=evil),
+            replace(DISTILLED, label=evil, suite=evil),
         ),
         memory=(CacheMemory(evil, 10, 0), CacheMemory(evil, 5, 10)),
         costs=(StageCost(evil, 1.0, status=evil),),
+        models=(Model(evil, evil, 1, (TokenSpend(evil, 5),)),),
+        throughput=(Throughput(evil, 1.0, 1.0, 1.0, 1, 1, 1, 1), Throughput("teacher", 1.0, 1.0, 1.0, 1, 1, 1, 1)),
+        harness=(HarnessScore(evil, evil, evil, 0.5),),
+        texts=(TextScore(evil, evil, 1, 1.0, 2.7),),
+        traces=(Traces(evil, evil, 1, 1, 1, 1, 1, evil),),
+        merges=(Merge(evil, evil, (evil,), (1.0,), evil),),
     )
-    page = read(render_page(data))
+    page = Page(render_page(data))
     assert "script" not in page.tags
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert not any(name.startswith("on") for image in page.images for name in image)
-    assert page.text.count(plain(evil)) >= 12
+    assert page.text.count(plain(evil)) >= 30
 
 
-def test_the_page_loads_nothing_from_anywhere(full_page):
-    page = read(full_page)
+def test_the_page_loads_nothing_from_anywhere(page, drawn):
+    html = render_page(example(), drawn)
     assert page.sources
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
-    assert not re.search(r"https?://|@import|url\(", full_page)
-    assert "default-src 'none'" in full_page
+    assert not re.search(r"https?://|@import|url\(", html)
+    assert "default-src 'none'" in html
 
 
-def test_every_image_says_what_it_shows(full_page):
-    images = read(full_page).images
-    assert len(images) == 5
-    assert all(len(image["alt"]) > 40 for image in images)
-    assert any("MMR would replace layers 1, 3" in image["alt"] for image in images)
+def test_wide_tables_scroll_in_their_container_and_pictures_have_a_narrow_twin(drawn):
+    html = render_page(example(), drawn)
+    assert html.count("<table>") == html.count('<div class="table"><table>') > 10
+    assert html.count("<picture>") == html.count("<source media=") == html.count("<img ") == len(drawn)
+    assert ".table { overflow-x: auto;" in html
 
 
-def test_report_is_written_whole_and_repeatable(tmp_path):
-    first, second = tmp_path / "a" / "deep", tmp_path / "b"
-    page = write_report(first, FULL)
-    assert page == first / "report.html"
-    write_report(second, FULL)
+def test_report_is_written_whole_and_small(tmp_path, drawn, monkeypatch):
+    folder = tmp_path / "a" / "deep"
+    monkeypatch.setattr("hybridize.report.page.draw_plots", lambda _: drawn)
+    page = write_report(folder, example())
+    assert page == folder / "report.html"
+    assert {path.name for path in folder.iterdir()} == {"report.html", *(f"{name}.png" for name in drawn)}
+    assert all((folder / f"{name}.png").read_bytes() == plot.png for name, plot in drawn.items())
+    assert page.read_text("utf-8") == render_page(example(), drawn)
+    assert 100_000 < sum(path.stat().st_size for path in folder.iterdir()) < 3_000_000
+
+    monkeypatch.setattr("hybridize.report.page.draw_plots", lambda _: {"layers": drawn["layers"]})
+    (folder / "mine.png").write_bytes(b"not of the report")
+    write_report(folder, replace(FULL, evaluations=(), losses=(), memory=(), rankings=(UNIFORM,)))
+    assert {path.name for path in folder.iterdir()} == {"report.html", "layers.png", "mine.png"}
+
+
+def test_the_same_data_give_the_same_bytes(tmp_path):
+    data = replace(FULL, evaluations=(), memory=(), losses=())
+    first, second = (write_report(tmp_path / name, data).parent for name in "ab")
     names = {path.name for path in first.iterdir()}
-    assert names == {"report.html", "accuracy.png", "importance.png", "layers.png", "loss.png", "memory.png"}
-    for name in names:
-        assert (first / name).read_bytes() == (second / name).read_bytes(), name
-    for path in first.glob("*.png"):
-        width, height = decode_png(path.read_bytes())
-        assert width == plots.WIDTH_INCHES * plots.DPI
-        assert 150 < height < 1000
-
-    write_report(first, replace(FULL, rankings=()))
-    assert {path.name for path in first.iterdir()} == names - {"importance.png", "layers.png"}
+    assert names == {"report.html", "importance.png", "layers.png"}
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
 
 def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
@@ -246,44 +251,28 @@ def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("os.replace", broken)
+    monkeypatch.setattr("pathlib.Path.replace", broken)
     with pytest.raises(OSError, match="disk full"):
         write_report(tmp_path, replace(EMPTY, title="New"))
     assert page.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_plots_ignore_and_keep_the_users_matplotlib_settings():
-    expected = plots.memory_chart(FULL.memory)
-    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30}):
-        assert plots.memory_chart(FULL.memory) == expected
-        assert matplotlib.rcParams["font.size"] == 30
+def test_long_curves_are_thinned_in_the_table_with_both_ends(undrawn):
+    count = 1001
+    steps = tuple(range(1, count + 1))
+    curve = LossCurve("long", "long", steps, tuple(1 / step for step in steps), tuple(8 * step for step in steps))
+    text = Page(render_page(replace(EMPTY, losses=(curve,)))).text
+    assert f"{MAX_TABLE_POINTS} of 1 001 points" in text
+    assert "1 8 1 " in text
+    assert "1 001 8 008 0.000999" in text
 
 
-def test_plots_leave_the_users_backend_alone():
-    before = matplotlib.get_backend()
-    try:
-        matplotlib.use("svg")
-        plots.memory_chart(FULL.memory)
-        assert matplotlib.get_backend() == "svg"
-    finally:
-        matplotlib.use(before)
-
-
-def test_memory_chart_marks_a_crossing_within_or_before_its_axis():
-    baseline = CacheMemory("teacher", 1000, 0)
-    for other in (
-        CacheMemory("early", 500, 5_000),
-        CacheMemory("late", 500, 5_000_000),
-        CacheMemory("never", 1000, 1),
-        CacheMemory("beyond", 999, 10**9),
-    ):
-        decode_png(plots.memory_chart((baseline, other)))
-
-
-def test_a_run_of_usual_size_is_drawn_without_a_warning():
-    page = read(render_page(example()))
-    assert len(page.images) == 5
-    assert "keeps 85.7 %" in page.text
+def test_pictures_on_the_page_are_those_beside_it(page, drawn):
+    sources = {image["src"] for image in page.images}
+    assert sources == {plot.source for plot in drawn.values()}
+    for plot in drawn.values():
+        assert read_png(plot.png).width > read_png(plot.narrow_png).width
 
 
 @pytest.mark.parametrize(
@@ -298,74 +287,20 @@ def test_break_even_is_where_the_two_lines_cross(kv, state, expected):
         assert baseline.bytes_at(tokens) == other.bytes_at(tokens)
 
 
-def test_long_curves_are_thinned_in_the_table_with_both_ends():
-    count = 1001
-    steps = tuple(range(1, count + 1))
-    curve = LossCurve("long", "long", steps, tuple(1 / step for step in steps), tuple(8 * step for step in steps))
-    text = read(render_page(replace(EMPTY, losses=(curve,)))).text
-    assert f"{MAX_TABLE_POINTS} of 1 001 points" in text
-    assert "1 8 1 " in text
-    assert "1 001 8 008 0.000999" in text
-
-
-def test_console_summary_shows_models_and_controls():
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(console_summary(FULL))
-    text = plain(console.export_text())
-    assert "teacher 161 of 200 80.5 % 74.4-85.4 % 100.0 %" in text
-    assert "hybrid 138 of 200 69.0 % 62.3-75.0 % 85.7 %" in text
-    assert "random (control) 23 of 200 11.5 % 7.8-16.7 % 14.3 %" in text
-    assert "keeps 85.7 %" in text
-
-
-def test_console_summary_prints_markup_as_it_is():
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(console_summary(replace(EMPTY, title="[red]x", evaluations=(replace(RANDOM, label="[b]y"),))))
-    text = console.export_text()
-    assert "[red]x" in text
-    assert "[b]y (control)" in text
-
-
-@pytest.mark.parametrize(
-    ("write", "value", "expected"),
-    [
-        (number, None, "-"),
-        (number, 1234567, "1 234 567"),
-        (number, 0.000123456, "0.0001235"),
-        (percent, 0.8571, "85.7 %"),
-        (short_count, 131072, "131k"),
-        (short_count, 2.5e9, "2.5G"),
-        (short_count, 12, "12"),
-        (short_bytes, 1048576, "1 MiB"),
-        (short_bytes, 512, "512 B"),
-        (duration, 3.25, "3.2 s"),
-        (duration, 125.4, "2 min 5 s"),
-        (duration, 4210, "1 h 10 min"),
-    ],
-)
-def test_numbers_are_written_for_reading(write, value, expected):
-    assert plain(write(value)) == expected
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Ranking("m", (0.1,), (0, 0), ()), "order names a layer twice"),
         (lambda: Ranking("m", (0.1,), (0,), (3,)), r"chosen names layers \[3\]; .* 0..0"),
+        (lambda: Ranking("m", (0.1,), (0,), (), before=(1.0, 2.0)), "2 values before training for 1 scores"),
         (lambda: LossCurve("c", "c", (1, 2), (0.5,), (8, 16)), "2 steps, 1 losses and 2 token counts"),
         (lambda: replace(EMPTY, rankings=(METHOD,)), "4 scores for 0 layers"),
+        (lambda: replace(EMPTY, models=(Model("a", "a"), Model("a", "b"))), "a name stands twice"),
+        (lambda: Model("m", "m", 1, (TokenSpend("s", 1), TokenSpend("s", 1))), "count a stage twice"),
+        (lambda: Throughput("m", 5.0, 6.0, 7.0, 1, 1, 1, 3), "5.0 tokens/s is not within its repeats, 6.0..7.0"),
+        (lambda: Merge("m", "linear", ("a", "b"), (1.0,)), "1 weights for 2 sources"),
     ],
 )
 def test_data_that_disagree_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-@pytest.mark.parametrize(
-    ("scores", "floor"),
-    [((1.0, 2.0, None), None), ((0.001, 1.0), 0.0005), ((0.0, 1.0), None), ((-1.0, 100.0), None)],
-)
-def test_importance_chart_is_logarithmic_only_where_bars_would_vanish(scores, floor):
-    from hybridize.report.plots import _log_floor
-
-    assert _log_floor(scores) == floor

@@ -86,7 +86,8 @@ class NumberChat:
     eos_token_id = 3
 
     def apply_chat_template(self, messages, tokenize, add_generation_prompt, return_dict):
-        assert tokenize and not return_dict
+        assert tokenize
+        assert not return_dict
         assert add_generation_prompt
         return [1, *map(int, messages[-1]["content"].split())]
 
@@ -175,3 +176,20 @@ def tools():
         assert_same = staticmethod(assert_same)
 
     return Tools
+
+
+@pytest.fixture(scope="session")
+def pocket():
+    """The trained teacher that ships with the project, its tokenizer, and packed rows of its world."""
+    from pathlib import Path
+
+    from transformers import AutoTokenizer
+
+    from hybridize.data.packing import pack_rows
+    from hybridize.models import load_teacher
+    from hybridize.spec.data import WorldDataSpec
+
+    folder = Path(__file__).parents[2] / "models" / "pocket-teacher"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = pack_rows(WorldDataSpec(levels=(1,)), tokenizer, 256, 18, 0)
+    return load_teacher(folder, dtype=torch.float32), tokenizer, rows

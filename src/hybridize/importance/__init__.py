@@ -4,7 +4,9 @@
 cost at once.
 """
 
-from hybridize.importance.methods import METHODS, Method, rank_cost, rank_layers
+from hybridize.importance.correlation import rank_correlation
+from hybridize.importance.cost import rank_cost
+from hybridize.importance.methods import METHODS, Method, rank_layers
 from hybridize.importance.ranking import FORMAT, LayerOrder, Ranking, load_ranking, save_ranking
 
 __all__ = [
@@ -14,6 +16,7 @@ __all__ = [
     "Method",
     "Ranking",
     "load_ranking",
+    "rank_correlation",
     "rank_cost",
     "rank_layers",
     "save_ranking",

@@ -82,7 +82,8 @@ def run_up_to(
     return caught[0]
 
 
-def _layers(model: Any) -> nn.ModuleList:
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """A model's decoder layers, from the bottom up."""
     return model.get_submodule(find_family(model.config.model_type).layers)
 
 

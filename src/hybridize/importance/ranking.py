@@ -14,6 +14,7 @@ FORMAT = "hybridize.ranking/1"
 """The `format` of a ranking file."""
 
 NAT_PER_TOKEN = "nat/token"
+ACCURACY_LOST = "accuracy lost"
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,13 @@ class Ranking(LayerOrder):
         num_layers: of the model, layers that are no longer attention included.
         mixer: what the layers would be replaced by.
         scores: importance of each of `layers`, in `unit`; None for a control, which looks at no model.
-        before: the same before any training: the loss with the mixer as initialised; None for a control.
+        before: for `mmr`, the same before any training: the loss with the mixer as initialised; else None.
         settings: what the scores depend on, plain data.
-        cost: `tokens` trained on and `seconds` taken.
+        cost: `tokens` trained on and `seconds` taken, and what `rank_cost` says.
         controls: the uniform and the random order over the same layers, by name.
         unit: of the scores.
+        baseline: the same measure of the whole model (`loo`, `window`, `perplexity`, `import`), or of the all-mixer
+            student (`kl`); None where there is none.
     """
 
     num_layers: int
@@ -82,6 +85,7 @@ class Ranking(LayerOrder):
     cost: Mapping[str, float]
     controls: Mapping[str, LayerOrder] = field(default_factory=dict)
     unit: str = NAT_PER_TOKEN
+    baseline: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,6 +100,8 @@ class Ranking(LayerOrder):
             unsound = [layer for layer, value in values.items() if not math.isfinite(value)]
             if unsound:
                 raise ValueError(f"{name}: not a finite number for layers {unsound}; rank again")
+        if self.baseline is not None and not math.isfinite(self.baseline):
+            raise ValueError(f"baseline: {self.baseline} is not a finite number; rank again")
         if self.scores is not None and self.order != order_by_score(self.scores):
             raise ValueError(f"order: {self.order} does not ascend in score; sort it, or rank again")
         for name in ("uniform", "random"):
@@ -114,6 +120,7 @@ class Ranking(LayerOrder):
             "unit": self.unit,
             "scores": _by_name(self.scores),
             "before": _by_name(self.before),
+            "baseline": self.baseline,
             "settings": dict(self.settings),
             "cost": dict(self.cost),
             "controls": {name: control.as_dict() for name, control in self.controls.items()},
@@ -142,6 +149,7 @@ class Ranking(LayerOrder):
                 unit=fields.take("unit", str),
                 scores=fields.take_scores("scores"),
                 before=fields.take_scores("before"),
+                baseline=fields.take_number("baseline"),
                 settings=fields.take("settings", dict),
                 cost=fields.take("cost", dict),
                 controls={
@@ -215,6 +223,9 @@ class _Fields:
             return {int(layer): float(score) for layer, score in self.take(name, dict).items()}
         except TypeError:
             raise ValueError(f"{name}: not a number for every layer; run the rank stage again") from None
+
+    def take_number(self, name: str) -> float | None:
+        return None if self.value.get(name) is None else float(self.take(name, float))
 
 
 def _read_order(fields: _Fields) -> dict[str, Any]:

@@ -34,7 +34,9 @@ def make_optimizer(parameters: Sequence[Tensor], stage: RankStage) -> torch.opti
     return torch.optim.Adam(parameters, lr=stage.learning_rate, betas=(0.9, 0.95))
 
 
-def take_step(optimizer: torch.optim.Optimizer, step: int, stage: RankStage, groups: Sequence[Sequence[Tensor]]) -> None:
+def take_step(
+    optimizer: torch.optim.Optimizer, step: int, stage: RankStage, groups: Sequence[Sequence[Tensor]]
+) -> None:
     """Clip gradients, group by group, update at the step's learning rate, and forget the gradients."""
     for group in optimizer.param_groups:
         group["lr"] = rate_at(step, stage)

@@ -10,11 +10,13 @@ model writes. Losses are measured by the cheap sweep of `Rows`: no layer below t
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from hybridize.importance.changes import left_out, windowed
+from hybridize.importance.ranking import ACCURACY_LOST
 from hybridize.importance.request import Request, Scores
 from hybridize.importance.rows import check_heldout, make_rows, shared_copy
 from hybridize.importance.steps import measure
@@ -24,8 +26,6 @@ from hybridize.transfer import replace_layer
 
 Change = Callable[[Any, int], AbstractContextManager[None]]
 """Changes one layer of a model, for a while."""
-
-ACCURACY_LOST = "accuracy lost"
 
 
 def score_by_loo(request: Request) -> Scores:
@@ -127,5 +127,4 @@ def _judge_each(request: Request, change: Change) -> Scores:
     trials, seconds = run_trials(request, prepare, baseline=True)
     whole = trials[BASELINE].score
     lost = {layer: whole - trials[layer].score for layer in request.layers}
-    scores = as_scores(trials, seconds, lost)
-    return Scores(**{**vars(scores), "unit": ACCURACY_LOST})
+    return replace(as_scores(trials, seconds, lost), unit=ACCURACY_LOST)

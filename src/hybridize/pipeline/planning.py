@@ -215,13 +215,14 @@ def _rank_cost(stage: RankStage, shape: TeacherShape, num_mixers: int) -> StageC
         trained = shape.parameters
     backward = 2.0 * stage.tokens_per_step * stage.steps * num_layers * shape.num_layers / 2
     operations = (stage.tokens_per_step * cost["layer_passes"] + backward) * one_layer
+    activations = _activations(shape, stage.tokens_per_step, whole=not stage.gradient_checkpointing)
     return StageCost(
         stage.name,
         f"{stage.method}: {stage.steps} steps for each of {num_layers} layers",
         cost["tokens"],
         trained,
         operations,
-        2 * weights + 16.0 * trained + _activations(shape, stage.tokens_per_step, whole=True),
+        2 * weights + 16.0 * trained + activations,
     )
 
 

@@ -88,7 +88,8 @@ def _subject(data: ReportData, model: Model) -> str:
     points = [entry.point for entry in data.evaluations if entry.key == model.name]
     subject = f"The hybrid “{model.label}”"
     if "distilled" in points:
-        subject = "The distilled hybrid"
+        alike = {e.key for e in data.evaluations if e.point == "distilled" and not e.is_control}
+        subject = "The distilled hybrid" + (f" “{model.label}”" if len(alike) > 1 else "")
     elif _UNTRAINED in points:
         subject = "The hybrid as converted, untrained,"
     if model.num_mixers is None or not data.layout:

@@ -43,7 +43,15 @@ def run_rank(stage: RankStage, job: Job, folder: Path) -> dict[str, Any]:
             heldout = _batches(rows.part(0, stage.heldout_rows), stage.rows_per_step)
     with job.reporter.bar("ranking") as advance:
         ranking = rank_layers(
-            model, teacher, batches, heldout, stage, state_dir=folder / "layers", on_progress=advance, judge=judge
+            model,
+            teacher,
+            batches,
+            heldout,
+            stage,
+            state_dir=folder / "layers",
+            on_progress=advance,
+            checkpoint=stage.gradient_checkpointing,
+            judge=judge,
         )
     save_ranking(ranking, folder / RANKING_FILE)
     return {"order": list(ranking.order or ()), "cost": dict(ranking.cost)}

@@ -8,7 +8,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from hybridize.report.data import break_even_tokens
 from hybridize.report.measures import CacheMemory, LossCurve
 from hybridize.report.numbers import short_bytes, short_count
-from hybridize.report.plots.style import INK, grid, new_figure, png, scale_for, styled
+from hybridize.report.plots.style import INK, cut, grid, new_figure, png, scale_for, styled
 from hybridize.report.study import grouped
 
 _LOG_FROM = 20
@@ -33,29 +33,24 @@ def loss_chart(curves: Sequence[LossCurve], *, narrow: bool) -> Figure:
                 curve.tokens,
                 curve.losses,
                 markevery=max(1, len(curve.tokens) // 12),
-                label=_cut(f"{curve.label} (control)" if curve.is_control else curve.label),
+                label=cut(f"{curve.label} (control)" if curve.is_control else curve.label, 44),
                 **looks,
             )
         scale_for(axes, [loss for curve in group for loss in curve.losses], _LOG_FROM)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
         axes.locator_params(axis="x", nbins=5 if narrow or columns > 1 else 8)
-        axes.set(xlabel="tokens", ylabel=group[0].unit)
+        axes.set(xlabel="tokens", ylabel=cut(group[0].unit, 30))
         axes.grid(True, axis="y")
         axes.legend(
             loc="lower left",
             bbox_to_anchor=(0, 1.0),
             borderaxespad=0.3,
             ncols=1 if narrow or columns > 1 else min(3, len(group)),
-            title=group[0].kind if len(groups) > 1 else None,
+            title=cut(group[0].kind, 40) if len(groups) > 1 else None,
             title_fontproperties={"weight": "bold", "size": 9},
             alignment="left",
         )
     return figure
-
-
-def _cut(label: str) -> str:
-    """A legend's label, cut where it would be longer than its chart."""
-    return label if len(label) <= 44 else label[:43] + "…"
 
 
 @png
@@ -82,7 +77,7 @@ def memory_chart(models: Sequence[CacheMemory], *, narrow: bool) -> Figure:
     axes = figure.subplots()
     for model, looks in styled(models):
         sizes = [model.bytes_at(context) for context in contexts]
-        axes.plot(contexts, sizes, label=_cut(model.label), **looks)
+        axes.plot(contexts, sizes, label=cut(model.label, 44), **looks)
     if marked:
         axes.plot(
             [tokens for _, tokens in marked],
@@ -92,7 +87,7 @@ def memory_chart(models: Sequence[CacheMemory], *, narrow: bool) -> Figure:
             markersize=11,
             markerfacecolor="none",
             markeredgecolor=INK,
-            label=_cut(f"smaller than {models[0].label} from here on"),
+            label=cut(f"smaller than {models[0].label} from here on", 44),
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)

@@ -4,7 +4,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
-from matplotlib.transforms import Bbox
 
 from hybridize.report.data import Model
 from hybridize.report.numbers import short_bytes, token_count
@@ -69,8 +68,8 @@ def _write_labels(axes: Axes, frontier: Frontier, result: str, num_layers: int, 
         value, low, high = point.quality.value, point.quality.low, point.quality.high
         ends = (value if low is None else low, value if high is None else high)
         (x, y), (_, bottom), (_, top) = axes.transData.transform([(point.x, end) for end in (value, *ends)])
-        obstacles.append(Bbox.from_extents(x - 2 * to_pixels, bottom, x + 2 * to_pixels, top))
-        obstacles.append(Bbox.from_extents(x - 5 * to_pixels, y - 5 * to_pixels, x + 5 * to_pixels, y + 5 * to_pixels))
+        obstacles.append((x - 2 * to_pixels, bottom, x + 2 * to_pixels, top))
+        obstacles.append((x - 5 * to_pixels, y - 5 * to_pixels, x + 5 * to_pixels, y + 5 * to_pixels))
         if point.model.is_teacher:
             ends_of_line = axes.transData.transform([(end, value) for end in axes.get_xlim()])
             lines += along(ends_of_line.tolist())

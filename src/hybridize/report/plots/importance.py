@@ -14,6 +14,7 @@ from hybridize.report.plots.style import (
     PALE,
     RULE,
     VERMILION,
+    cut,
     grid,
     layer_ticks,
     new_figure,
@@ -62,7 +63,8 @@ def importance_chart(rankings: Sequence[Ranking], *, narrow: bool) -> Figure:
             axes.set_ylim(low - room if low < 0 else 0.0, high + room)
             axes.axhline(0, color=MUTED, linewidth=0.8)
         _bars(axes, ranking)
-        axes.set(title=panel_title(ranking), ylabel=ranking.unit, xlim=(-0.7, len(ranking.scores) - 0.3))
+        axes.set(title=cut(panel_title(ranking), 40), ylabel=cut(ranking.unit, 24))
+        axes.set_xlim(-0.7, len(ranking.scores) - 0.3)
         axes.set_xticks(layer_ticks(len(ranking.scores), narrow or columns == 2))
         axes.tick_params(axis="x", length=0)
         axes.grid(True, axis="y")

@@ -3,10 +3,11 @@
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
-from matplotlib.transforms import Bbox
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
@@ -38,6 +39,9 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     return moved
 
 
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top, in display coordinates."""
+
 _DIRECTIONS = ((1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, -2), (-1, -2), (1, 2), (-1, 2))
 _DISTANCES = (7, 14, 22, 34, 50, 70)
 _LINE_FROM = 16
@@ -50,8 +54,8 @@ def place_labels(
     axes: Axes,
     points: Sequence[tuple[float, float]],
     texts: Sequence[str],
-    obstacles: Sequence[Bbox],
-    lines: Sequence[Bbox],
+    obstacles: Sequence[Box],
+    lines: Sequence[Box],
     weights: Sequence[str],
     size: float = 8,
 ) -> None:
@@ -63,14 +67,14 @@ def place_labels(
         axes: where to.
         points: in data coordinates.
         texts: one per point; the first have the first choice.
-        obstacles: what must stay visible, in display coordinates.
+        obstacles: what must stay visible.
         lines: what is better not covered, but may be.
         weights: font weight per text.
         size: of the letters, points.
     """
     to_pixels = axes.figure.dpi / 72
-    inside = axes.get_window_extent()
-    placed: list[Bbox] = []
+    inside = [axes.get_window_extent().extents]
+    placed: list[Box] = []
     places = [(float(x), float(y)) for x, y in axes.transData.transform(points)]
     for point, text, weight in zip(points, texts, weights, strict=True):
         x, y = places[len(placed)]
@@ -88,14 +92,13 @@ def place_labels(
         )
         note.set_in_layout(False)
         note.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
-        extent = note.get_window_extent()
+        extent = note.get_window_extent().size
 
-        def cost(candidate: tuple[int, tuple[int, int]], x: float = x, y: float = y, extent: Bbox = extent) -> float:
+        def cost(candidate: tuple[int, tuple[int, int]], x: float = x, y: float = y, extent: Any = extent) -> float:
             distance, direction = candidate
             box = _box(x, y, extent, distance * to_pixels, direction)
-            covered = 3 * sum(_overlap(box, other) for other in placed) + 2 * (_area(box) - _overlap(box, inside))
-            covered += sum(_overlap(box, other) for other in obstacles)
-            covered += 0.2 * sum(_overlap(box, other) for other in lines)
+            covered = 3 * overlap(box, placed) + overlap(box, obstacles) + 0.2 * overlap(box, lines)
+            covered += 2 * (extent[0] * extent[1] - overlap(box, inside))
             own = _gap(box, x, y)
             nearer = sum(_gap(box, *other) < min(own, _NEAR * to_pixels) for other in places if other != (x, y))
             covered += _MISLEADING * to_pixels**2 * nearer
@@ -104,46 +107,46 @@ def place_labels(
         distance, direction = min(itertools.product(_DISTANCES, _DIRECTIONS), key=cost)
         box = _box(x, y, extent, distance * to_pixels, direction)
         placed.append(box)
-        note.set_position(((box.x0 - x) / to_pixels, (box.y0 - y) / to_pixels))
+        note.set_position(((box[0] - x) / to_pixels, (box[1] - y) / to_pixels))
         note.set_multialignment({1: "left", -1: "right", 0: "center"}[_sign(direction[0])])
         if distance > _LINE_FROM:
-            near = (min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1))
+            near = (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))
             (x1, y1), (x2, y2) = axes.transData.inverted().transform([(x, y), near])
             axes.plot([x1, x2], [y1, y2], color="#8c959f", linewidth=0.7, zorder=1.5)
 
 
-def _box(x: float, y: float, extent: Bbox, distance: float, direction: tuple[int, int]) -> Bbox:
-    """Where a text of that extent stands when it is moved away from a point, in display coordinates."""
+def _box(x: float, y: float, extent: tuple[float, float], distance: float, direction: tuple[int, int]) -> Box:
+    """Where a text so wide and high stands when it is moved away from a point."""
     right, up = direction
-    left = x + distance * right - extent.width * (0.5 - 0.5 * _sign(right))
-    bottom = y + distance * up - extent.height * (0.5 - 0.5 * _sign(up))
-    return Bbox.from_bounds(left, bottom, extent.width, extent.height)
+    left = x + distance * right - extent[0] * (0.5 - 0.5 * _sign(right))
+    bottom = y + distance * up - extent[1] * (0.5 - 0.5 * _sign(up))
+    return left, bottom, left + extent[0], bottom + extent[1]
 
 
-def _gap(box: Bbox, x: float, y: float) -> float:
-    return math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))
+def _gap(box: Box, x: float, y: float) -> float:
+    return math.hypot(max(box[0] - x, 0, x - box[2]), max(box[1] - y, 0, y - box[3]))
 
 
 def _sign(value: int) -> int:
     return (value > 0) - (value < 0)
 
 
-def along(points: Sequence[tuple[float, float]], step: float = 6.0) -> list[Bbox]:
+def along(points: Sequence[tuple[float, float]], step: float = 6.0) -> list[Box]:
     """Small boxes along a line through points in display coordinates: what labels should not cover."""
     boxes = []
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         count = max(1, round(math.hypot(x1 - x0, y1 - y0) / step))
         for index in range(count + 1):
             x, y = x0 + (x1 - x0) * index / count, y0 + (y1 - y0) * index / count
-            boxes.append(Bbox([[x - step / 2, y - 2], [x + step / 2, y + 2]]))
+            boxes.append((x - step / 2, y - 2, x + step / 2, y + 2))
     return boxes
 
 
-def _area(box: Bbox) -> float:
-    return float(box.width * box.height)
-
-
-def _overlap(box: Bbox, other: Bbox) -> float:
-    width = min(box.x1, other.x1) - max(box.x0, other.x0)
-    height = min(box.y1, other.y1) - max(box.y0, other.y0)
-    return float(width * height) if width > 0 and height > 0 else 0.0
+def overlap(box: Box, others: Sequence[Box]) -> float:
+    """The area of a box that others cover, what two of them cover counted twice."""
+    if not len(others):
+        return 0.0
+    left, bottom, right, top = np.asarray(others).T
+    width = np.minimum(box[2], right) - np.maximum(box[0], left)
+    height = np.minimum(box[3], top) - np.maximum(box[1], bottom)
+    return float((np.maximum(width, 0) * np.maximum(height, 0)).sum())

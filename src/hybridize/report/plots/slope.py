@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from hybridize.report.measures import Ranking
 from hybridize.report.plots.importance import panel_title
 from hybridize.report.plots.labels import spread
-from hybridize.report.plots.style import BLUE, INK, MUTED, VERMILION, grid, lay_out, new_figure, png, scale_for
+from hybridize.report.plots.style import BLUE, INK, MUTED, VERMILION, cut, grid, lay_out, new_figure, png, scale_for
 
 _LABEL_POINTS = 8.0
 _LOG_FROM = 20
@@ -44,7 +44,7 @@ def slope_chart(rankings: Sequence[Ranking], *, narrow: bool) -> Figure:
             axes.set_ylim(top=max(values) * 1.08 if max(values) > 0 else None)
         after = "after training" if ranking.steps is None else f"after {ranking.steps:,} steps"
         axes.set_xticks((0, 1), ("as initialised", after))
-        axes.set(title=panel_title(ranking), ylabel=f"loss, {ranking.unit}")
+        axes.set(title=cut(panel_title(ranking), 40), ylabel=cut(f"loss, {ranking.unit}", 36))
         # Room for the labels on the right; one panel alone need not be as flat as the page is wide.
         wide_alone = len(shown) == 1 and not narrow
         axes.set_xlim((-0.35, 1.75) if wide_alone else (-0.15, 1.8))

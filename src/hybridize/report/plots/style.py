@@ -74,7 +74,7 @@ def png(draw: Callable[..., Figure]) -> Callable[..., bytes]:
         # 256 colours: a third of the bytes, and no eye sees it.
         colours = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
         buffer = io.BytesIO()
-        colours.save(buffer, "png", optimize=True)
+        colours.save(buffer, "png", compress_level=6)
         return buffer.getvalue()
 
     drawn.__annotations__["return"] = bytes
@@ -142,6 +142,11 @@ def scale_for(axes: Axes, values: Sequence[float], factor: float) -> bool:
 def wrapped(label: str, narrow: bool) -> str:
     """A label in lines short enough for the margin of a chart."""
     return textwrap.fill(label, 18 if narrow else 28, break_long_words=True, max_lines=3, placeholder=" …")
+
+
+def cut(text: str, length: int) -> str:
+    """A text for where there is one line: what is too long ends in an ellipsis."""
+    return text if len(text) <= length else f"{text[: length - 1].rstrip()}…"
 
 
 def layer_ticks(num_layers: int, narrow: bool) -> list[int]:

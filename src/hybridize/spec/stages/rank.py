@@ -30,6 +30,7 @@ class RankStage(DataStage, MixedStage):
         sequence_length: tokens of a packed row.
         heldout_rows: rows that the loss is measured on, before and after; never trained on.
         learning_rate: of what is trained, Adam.
+        gradient_checkpointing: trade time for memory.
         tasks: of the reasoning world, for `score: world`.
         level: their difficulty.
         problems_per_task: how many of each.
@@ -48,6 +49,7 @@ class RankStage(DataStage, MixedStage):
     sequence_length: int = Field(default=16384, gt=0)
     heldout_rows: int = Field(default=8, gt=0)
     learning_rate: float = Field(default=1e-3, gt=0)
+    gradient_checkpointing: bool = False
     tasks: Annotated[tuple[str, ...], AfterValidator(check_tasks)] = TASK_NAMES
     level: int = Field(default=1, ge=1, le=MAX_LEVEL)
     problems_per_task: int = Field(default=32, gt=0)
