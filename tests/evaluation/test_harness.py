@@ -131,7 +131,8 @@ def test_thinking_opened_by_the_template_must_end_too(bench):
 def test_prompts_are_chats_but_for_letters(bench):
     lm = Chatting(gold_reply, gold_letter)
     lm.tail = ""
-    evaluate_lm(lm, ["hybridize_gsm8k", "hybridize_mmlu", "hybridize_aqua"], benchmarks=bench, limit=2)
+    tasks = ["hybridize_gsm8k", "hybridize_mmlu", "hybridize_aqua"]
+    assert evaluate_lm(lm, tasks, benchmarks=bench, limit=2)["chat_template"]
     generated = [asked for asked in lm.asked if isinstance(asked[1], dict)]
     prompt, options = generated[0]
     assert prompt.startswith("[user]Ana has 3 jars of 6 plums. How many plums?\n\nSolve")
@@ -156,6 +157,7 @@ def test_prompts_are_chats_but_for_letters(bench):
     assert first == head + "".join(shown) + asked
     assert "biology" not in second  # subjects take turns, each with examples of its own
     assert second.count("world_religions dev") == 5
+    assert not evaluate_lm(lm, ["hybridize_mmlu"], benchmarks=bench, limit=2)["chat_template"]
 
 
 def test_without_a_template_prompts_are_plain(bench):

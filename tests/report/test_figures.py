@@ -56,7 +56,8 @@ def test_letters_are_as_large_on_a_phone_as_on_a_desk():
     [
         ("accuracy", ["teacher 84.0 %, 1.00 x the speed", "6 of 24, untrained 3.8 %;"], ["400 answers", "3 repeats"]),
         ("accuracy-2", ["12 of 24 61.5 %"], ["Mean accuracy over 2 tasks", "95% intervals", "controls"]),
-        ("tasks", ["chains: teacher 71.0 %"], ["95% intervals"]),
+        ("tasks", ["chains: teacher 71.0 %"], ["100 answers of each model in each", "95% intervals", "controls"]),
+        ("tasks-2", ["gsm8k: teacher 81.2 %"], ["100 to 250 problems in each"]),
         ("frontier", ["16 of 24 56.0 % at 2.25 after 20.2M tokens"], ["batch of 32", "dotted line", "Crosses"]),
         ("throughput", ["batch of 8, 1,024", "6 of 24 1.21 x the speed"], ["median of the repeats"]),
         ("importance", ["6 of 24: MMR would replace layers 3, 5"], ["arXiv 2511.02651", "logarithmic"]),

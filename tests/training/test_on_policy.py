@@ -146,7 +146,12 @@ def test_on_policy_refuses(tools, tmp_path):
 @pytest.mark.slow
 def test_damaged_trained_student_improves_on_answers_it_never_gave(pocket, tmp_path):
     teacher, tokenizer, _ = pocket
-    student, _ = convert(teacher, LayoutSpec.replace(16, (0, 10), Mamba1Spec()))
+    student, _ = convert(teacher, LayoutSpec.replace(16, (6, 13), Mamba1Spec()))
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if ".mlp." in name or "lm_head" in name:
+                parameter += 0.6 * parameter.std() * torch.randn(parameter.shape, generator=noise)
 
     def divergence():
         chats = [draw_problem(task, 1, "test", i).messages[:1] for i in range(4) for task in ("recall", "addition")]
@@ -163,17 +168,17 @@ def test_damaged_trained_student_improves_on_answers_it_never_gave(pocket, tmp_p
         return heldout_divergence(student, teacher, answered_rows(prompts, answers), rows_per_batch=8)
 
     before = divergence()
+    assert before > 0.1
     prompts = [draw_problem(task, 1, "train", i).messages[:1] for i in range(16) for task in ("recall", "addition")]
     stage = OnPolicyStage(
         name="on-policy",
         model="hybrid",
-        steps=5,
+        steps=6,
         prompts_per_step=8,
         rows_per_batch=8,
         max_new_tokens=16,
-        learning_rate=1e-3,
+        learning_rate=3e-4,
     )
     distill_on_policy(student, teacher, prompts, tokenizer, stage, tmp_path)
-    after = divergence()
-    print(before, after)
-    assert after < 0.8 * before
+    a = divergence(); print(before, a)
+    assert a < 0.3 * before

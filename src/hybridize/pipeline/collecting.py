@@ -57,6 +57,16 @@ _LOSSES: dict[type[TrainStage], tuple[str, str]] = {
 }
 """What a stage's loss is, and its unit."""
 
+_POINTS = {
+    "convert": "converted",
+    "fit": "fitted",
+    "distill": "distilled",
+    "on_policy": "distilled on-policy",
+    "sft": "fine-tuned",
+    "merge": "merged",
+}
+"""What a model is by the kind of stage that made it."""
+
 
 def collect(
     written: RecipeSpec, num_layers: int, artifacts: Mapping[str, Artifact], title: str | None = None
@@ -229,9 +239,9 @@ class _Study:
             )
 
     def _point(self, stage: Any) -> str:
-        """What a model is in the study: `converted`, `distilled`, `random init: distilled`, `uniform: distilled`."""
+        """What a model is in the study: `converted`, `distilled`, `random init: distilled`, `uniform layers: merged`."""
         converts = self._converted(stage.name)
-        word = "converted" if isinstance(stage, ConvertStage) else "distilled"
+        word = _POINTS[stage.kind]
         if not converts:
             return f"unconverted: {stage.name}"
         origin = converts[-1]
@@ -251,7 +261,13 @@ class _Study:
                 size = memory[key]
                 if (size["kv_per_token"], size["state"]) not in seen:
                     seen.add((size["kv_per_token"], size["state"]))
-                    yield CacheMemory(label, size["kv_per_token"], size["state"], model or convert.name)
+                    yield CacheMemory(label, size["kv_per_token"], size["state"], model or self._shown_as(convert))
+
+    def _shown_as(self, convert: ConvertStage) -> str:
+        """The model under which a conversion's cache is shown: the one that the report is about, if it has that."""
+        result = self._result()
+        converts = self._converted(result) if result else []
+        return result if converts and converts[-1].name == convert.name else convert.name
 
     def _size_label(self, convert: ConvertStage) -> str:
         return f"{sum(mixer != 'attention' for mixer in self._layout(convert.name))} of {self.num_layers} replaced"
@@ -273,8 +289,15 @@ class _Study:
     def _harness(self) -> Iterator[HarnessScore]:
         for stage in self._done(HarnessStage):
             for task, entry in self.artifacts[stage.name].metrics["tasks"].items():
+                share = "perplexity" not in entry["metric"] and "bits_per_byte" not in entry["metric"]
                 yield HarnessScore(
-                    stage.model, task, entry["metric"], entry["value"], entry["stderr"], entry["num_samples"]
+                    stage.model,
+                    task,
+                    entry["metric"],
+                    entry["value"],
+                    entry["stderr"],
+                    entry["num_samples"],
+                    is_share=share,
                 )
 
     def _texts(self) -> Iterator[TextScore]:

@@ -85,7 +85,7 @@ def draw_plots(data: ReportData) -> dict[str, Plot]:
                 f"tasks{suffix}",
                 lambda narrow, suite=suite: plots.task_chart(suite, result, narrow=narrow),
                 f"Bar chart of accuracy by task. {'; '.join(map(_task_alt(suite), suite.tasks))}.",
-                "Right answers by task, whiskers: 95% intervals. The numbers stand in the table below.",
+                _task_caption(suite),
             )
     if place := frontier(data):
         add(
@@ -202,6 +202,12 @@ def _score_caption(suite: Suite, setting: Setting | None) -> str:
     if any(row.model.is_control for row in suite.rows):
         parts.append("Hatched bars are controls.")
     return " ".join(parts)
+
+
+def _task_caption(suite: Suite) -> str:
+    each = f", {suite.per_task} in each" if suite.per_task else ""
+    controls = " Hatched bars are controls." if any(row.model.is_control for row in suite.rows) else ""
+    return f"Right answers by task{each}, whiskers: 95% intervals.{controls} The numbers stand in the table below."
 
 
 def _task_alt(suite: Suite) -> Callable[[str], str]:

@@ -1,7 +1,7 @@
 """What belongs together: measurements of one model, models under one measurement, quality beside speed."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
@@ -43,12 +43,14 @@ class Suite:
         rows: models in the run's order, controls last.
         is_harness: whether the questions are lm-evaluation-harness tasks.
         asked: how many questions make up `overall`, in words.
+        per_task: how many make up a task, in words; empty if unknown.
     """
 
     name: str
     rows: tuple[SuiteRow, ...]
     is_harness: bool
     asked: str
+    per_task: str = ""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -145,12 +147,21 @@ def suites(data: ReportData) -> tuple[Suite, ...]:
             model = replace(model, label=entry.label, is_control=entry.is_control or model.is_control)
             tasks = {task: _measure(score) for task, score in entry.tasks.items()}
             rows.append(SuiteRow(model, _measure(entry.overall), tasks))
-        totals = sorted({entry.overall.total for entry in entries})
-        asked = f"{totals[0]:,}" if len(totals) == 1 else f"{totals[0]:,} to {totals[-1]:,}"
-        found.append(Suite(name, _controls_last(rows), False, f"{asked} answers of each model"))
+        asked = _span(entry.overall.total for entry in entries)
+        each = _span(score.total for entry in entries for score in entry.tasks.values())
+        per_task = f"{each} answers of each model" if each else ""
+        found.append(Suite(name, _controls_last(rows), False, f"{asked} answers of each model", per_task))
     if harness := _harness_suite(data):
         found.append(harness)
     return tuple(found)
+
+
+def _span(counts: Iterable[int | None]) -> str:
+    """`100`, or `100 to 250`; nothing if any is unknown, or there are none."""
+    known = sorted(set(counts), key=lambda count: count or 0)
+    if not known or None in known:
+        return ""
+    return f"{known[0]:,}" if len(known) == 1 else f"{known[0]:,} to {known[-1]:,}"
 
 
 def _measure(score: Score) -> Measure:
@@ -175,9 +186,9 @@ def _harness_suite(data: ReportData) -> Suite | None:
         measures = {task: _harness_measure([first[task]]) for task in tasks if task in first}
         overall = _harness_measure(list(first.values())) if len(first) == len(tasks) else None
         rows.append(SuiteRow(data.model(name), overall, measures))
-    return Suite(
-        "lm-evaluation-harness", _controls_last(rows), True, "one task" if len(tasks) == 1 else f"{len(tasks)} tasks"
-    )
+    asked = "one task" if len(tasks) == 1 else f"{len(tasks)} tasks"
+    each = _span(score.num_samples for score in shares)
+    return Suite("lm-evaluation-harness", _controls_last(rows), True, asked, f"{each} problems" if each else "")
 
 
 def _harness_measure(scores: Sequence[HarnessScore]) -> Measure:

@@ -56,7 +56,7 @@ def run_harness(
     Returns:
         - `tasks`: by name, see `results.summarise_results`; where answers are generated also `max_new_tokens`, and
           `num_unfinished`, answers that ended before their thinking did, which are wrong.
-        - `chat_template`: whether one was applied; `backend`, `limit`, `batch_size`; `seconds`; `lm_eval`, its version.
+        - `chat_template`: whether one was applied (never in MMLU); `backend`, `limit`, `batch_size`; `seconds`; `lm_eval`, its version.
         - `warnings`: what lm-evaluation-harness warned of, such as prompts that were cut.
 
     Raises:
@@ -161,6 +161,7 @@ def _evaluate(
     generating = {name: task for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE == _GENERATE}
     budgets = {name: _set_budget(lm, task, max_new_tokens) for name, task in generating.items()}
     has_template = bool(getattr(getattr(lm, "tokenizer", None), "chat_template", None))
+    is_chat = apply_chat_template and has_template
     watched = Watched(lm, tuple(loaded["tasks"].values()), on_progress)
     set_seed(_SEED)
     try:
@@ -170,7 +171,7 @@ def _evaluate(
             limit=limit,
             bootstrap_iters=_BOOTSTRAPS,
             log_samples=False,
-            apply_chat_template=apply_chat_template and has_template,
+            apply_chat_template=is_chat,
             fewshot_as_multiturn=True,
         )
     finally:
@@ -181,7 +182,7 @@ def _evaluate(
             summary[name] |= {"max_new_tokens": budget, "num_unfinished": watched.unfinished[name]}
     return {
         "tasks": summary,
-        "chat_template": apply_chat_template and has_template,
+        "chat_template": is_chat and not all(getattr(task, "IS_PLAIN", False) for task in loaded["tasks"].values()),
         "lm_eval": lm_eval.__version__,
     }
 

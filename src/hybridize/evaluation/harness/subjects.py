@@ -13,6 +13,8 @@ class SubjectTask(ConfigurableTask):
     how the benchmark's numbers are measured, and no question to a model that thinks first.
     """
 
+    IS_PLAIN = True
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
         self._examples: dict[str, list[dict[str, Any]]] = {}
