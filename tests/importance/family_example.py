@@ -38,8 +38,8 @@ SPECIAL = {
 }
 
 
-def build_member(model_type, attention="sdpa"):
-    """No parameter is at a value, such as a bias of 0, at which it might as well not be there."""
+def build_member(model_type, attention=None):
+    """With the attention that the family has by default. No parameter is at a value, such as a bias of 0, at which it might as well not be there."""
     torch.manual_seed(0)
     row = FAMILIES[model_type]
     config = row.teacher_config()(**SIZES | SPECIAL.get(model_type, {}), attn_implementation=attention)

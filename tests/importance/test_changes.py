@@ -67,7 +67,7 @@ def test_greedy_generation_with_a_layer_left_out_needs_no_other_cache(model_type
         assert not torch.equal(cached, whole)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", [None, "eager"], ids=["default", "eager"])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_window_shows_the_last_tokens_of_the_document_and_no_more(model_type, attention):
     model, tokens = build_member(model_type, attention), draw(1, sum(DOCUMENTS))

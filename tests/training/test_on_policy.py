@@ -151,7 +151,7 @@ def test_damaged_trained_student_improves_on_answers_it_never_gave(pocket, tmp_p
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if ".mlp." in name or "lm_head" in name:
-                parameter += 0.6 * parameter.std() * torch.randn(parameter.shape, generator=noise)
+                parameter += 0.8 * parameter.std() * torch.randn(parameter.shape, generator=noise)
 
     def divergence():
         chats = [draw_problem(task, 1, "test", i).messages[:1] for i in range(4) for task in ("recall", "addition")]
@@ -168,7 +168,7 @@ def test_damaged_trained_student_improves_on_answers_it_never_gave(pocket, tmp_p
         return heldout_divergence(student, teacher, answered_rows(prompts, answers), rows_per_batch=8)
 
     before = divergence()
-    assert before > 0.1
+    assert before > 0.5
     prompts = [draw_problem(task, 1, "train", i).messages[:1] for i in range(16) for task in ("recall", "addition")]
     stage = OnPolicyStage(
         name="on-policy",
@@ -180,5 +180,4 @@ def test_damaged_trained_student_improves_on_answers_it_never_gave(pocket, tmp_p
         learning_rate=3e-4,
     )
     distill_on_policy(student, teacher, prompts, tokenizer, stage, tmp_path)
-    a = divergence(); print(before, a)
-    assert a < 0.3 * before
+    assert divergence() < 0.4 * before

@@ -24,6 +24,9 @@ def evaluate(
     ] = None,
     benchmarks: Annotated[Path | None, typer.Option(help="Folder of the offline benchmarks, for --harness.")] = None,
     limit: Annotated[int | None, typer.Option(help="Problems of each task, for --harness.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Of each answer, thinking included, for --harness; default: the task's own.")
+    ] = None,
     backend: Annotated[str, typer.Option(help="hf, or vllm where it is installed, for --harness.")] = "hf",
     text: Annotated[Path | None, typer.Option(help="Instead: perplexity on a text file (.txt, .jsonl, .xz).")] = None,
     teacher: Annotated[str | None, typer.Option(help="Measure the divergence from it too, for --text.")] = None,
@@ -39,7 +42,7 @@ def evaluate(
     if harness is not None and text is not None:
         raise ValueError("evaluate: --harness and --text are two ways to judge; give one at a time")
     if harness is not None:
-        measured = _by_harness(model, harness, benchmarks, limit, backend, batch_size)
+        measured = _by_harness(model, harness, benchmarks, limit, max_new_tokens, backend, batch_size)
     elif text is not None:
         from hybridize.pipeline.stages.judging import text_of_model
 
@@ -81,8 +84,15 @@ def _by_generation(
 
 
 def _by_harness(
-    model: str, tasks: str, benchmarks: Path | None, limit: int | None, backend: str, batch_size: int
+    model: str,
+    tasks: str,
+    benchmarks: Path | None,
+    limit: int | None,
+    max_new_tokens: int | None,
+    backend: str,
+    batch_size: int,
 ) -> dict[str, Any]:
+    from hybridize.pipeline.progress import Reporter
     from hybridize.pipeline.stages.judging import harness_model
 
     stage = make_stage(
@@ -91,10 +101,15 @@ def _by_harness(
         tasks=tuple(name.strip() for name in tasks.split(",")),
         benchmarks=str(benchmarks) if benchmarks else None,
         limit=limit,
+        max_new_tokens=max_new_tokens,
         backend=backend,
         batch_size=batch_size,
     )
-    return harness_model(stage, model)
+    measured = harness_model(stage, model, Reporter())
+    for task, score in measured["tasks"].items():
+        error = f" ± {score['stderr']:.4f}" if score["stderr"] is not None else ""
+        typer.echo(f"{task:24} {score['metric']:24} {score['value']:.4f}{error}  of {score['num_samples']}")
+    return measured
 
 
 def throughput(

@@ -239,7 +239,7 @@ class _Study:
             )
 
     def _point(self, stage: Any) -> str:
-        """What a model is in the study: `converted`, `distilled`, `random init: distilled`, `uniform layers: merged`."""
+        """What a model is in the study: `converted`, `distilled`, `random init: distilled`, `uniform layers: ...`."""
         converts = self._converted(stage.name)
         word = _POINTS[stage.kind]
         if not converts:

@@ -56,7 +56,8 @@ def run_harness(
     Returns:
         - `tasks`: by name, see `results.summarise_results`; where answers are generated also `max_new_tokens`, and
           `num_unfinished`, answers that ended before their thinking did, which are wrong.
-        - `chat_template`: whether one was applied (never in MMLU); `backend`, `limit`, `batch_size`; `seconds`; `lm_eval`, its version.
+        - `chat_template`: whether one was applied (never in MMLU); `backend`, `limit`, `batch_size`; `seconds`;
+          `lm_eval`, its version.
         - `warnings`: what lm-evaluation-harness warned of, such as prompts that were cut.
 
     Raises:

@@ -46,22 +46,28 @@ def evaluate_model(stage: EvaluateStage, model_path: str, tokenizer_path: str, r
 
 def run_harness(stage: HarnessStage, job: Job, folder: Path) -> dict[str, Any]:
     """Judge a model with lm-evaluation-harness."""
-    return _keep(folder, harness_model(stage, job.model_path(stage.model)))
+    return _keep(folder, harness_model(stage, job.model_path(stage.model), job.reporter))
 
 
-def harness_model(stage: HarnessStage, model_path: str) -> dict[str, Any]:
+def harness_model(stage: HarnessStage, model_path: str, reporter: Reporter) -> dict[str, Any]:
     """Judge the model at a path with lm-evaluation-harness as the stage says."""
     from hybridize.evaluation.harness import run_harness as evaluate_with_harness
 
     check_checkpoint(model_path)
-    return evaluate_with_harness(
-        model_path,
-        stage.tasks,
-        backend=stage.backend,
-        limit=stage.limit,
-        batch_size=stage.batch_size,
-        benchmarks=Path(stage.benchmarks) if stage.benchmarks else None,
-    )
+    with reporter.bar("answering") as advance:
+        measured = evaluate_with_harness(
+            model_path,
+            stage.tasks,
+            backend=stage.backend,
+            limit=stage.limit,
+            batch_size=stage.batch_size,
+            benchmarks=stage.benchmarks,
+            max_new_tokens=stage.max_new_tokens,
+            on_progress=advance,
+        )
+    for warning in measured["warnings"]:
+        reporter.say(f"  {warning}")
+    return measured
 
 
 def run_text(stage: TextStage, job: Job, folder: Path) -> dict[str, Any]:

@@ -64,6 +64,8 @@ class HarnessStage(JudgingStage):
         limit: problems of each task; all by default.
         backend: what runs the model.
         batch_size: requests at a time.
+        max_new_tokens: of each generated answer, thinking included; by default the task's own number, at most half of
+            what the model reads.
         benchmarks: folder of the offline benchmarks' files.
     """
 
@@ -72,6 +74,7 @@ class HarnessStage(JudgingStage):
     limit: int | None = Field(default=None, gt=0)
     backend: Literal["hf", "vllm"] = "hf"
     batch_size: int = Field(default=8, gt=0)
+    max_new_tokens: int | None = Field(default=None, gt=0)
     benchmarks: str | None = None
 
 
