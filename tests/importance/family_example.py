@@ -39,7 +39,7 @@ SPECIAL = {
 
 
 def build_member(model_type, attention=None):
-    """With the attention that the family has by default. No parameter is at a value, such as a bias of 0, at which it might as well not be there."""
+    """By default with the family's own attention. No parameter is at a value, such as 0, at which it has no effect."""
     torch.manual_seed(0)
     row = FAMILIES[model_type]
     config = row.teacher_config()(**SIZES | SPECIAL.get(model_type, {}), attn_implementation=attention)

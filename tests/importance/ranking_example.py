@@ -3,6 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from hybridize.importance import LayerOrder, Ranking
 from hybridize.spec import Mamba1Spec
 from hybridize.spec.stages import RankStage
 
@@ -57,3 +58,25 @@ def rank_stage(**changes):
         "learning_rate": 1e-2,
     }
     return RankStage(**settings | changes)
+
+
+def ranking_of(scores=None, **changes):
+    """A ranking by hand."""
+    scores = {0: 0.5, 1: 0.25, 3: 0.25, 5: 2.0} if scores is None else scores
+    layers = tuple(sorted(scores))
+    fields = {
+        "method": "mmr",
+        "layers": layers,
+        "order": tuple(sorted(layers, key=lambda layer: (scores[layer], layer))),
+        "num_layers": 6,
+        "mixer": Mamba1Spec(d_inner=64, d_xb=32, dt_rank=4),
+        "scores": scores,
+        "before": {layer: 2 * score for layer, score in scores.items()},
+        "settings": {"steps": 3, "seed": 0},
+        "cost": {"tokens": 100, "seconds": 1.5},
+        "controls": {
+            "uniform": LayerOrder("uniform", layers, None),
+            "random": LayerOrder("random", layers, layers[::-1]),
+        },
+    }
+    return Ranking(**fields | changes)

@@ -215,9 +215,9 @@ def test_batches_must_fit_the_stage(batches, heldout, stage, tmp_path):
     with pytest.raises(ValueError, match="batches: 2 are given for 3 steps; give one for each step"):
         rank_layers(teacher, teacher, batches[:2], heldout, stage, state_dir=tmp_path)
     blank = {**heldout[0], "valid": torch.zeros_like(heldout[0]["valid"])}
-    for rows in ([], [blank]):
+    for empty in ([], [blank]):
         with pytest.raises(ValueError, match="heldout: it has no completion token"):
-            rank_layers(teacher, teacher, batches, rows, stage, state_dir=tmp_path)
+            rank_layers(teacher, teacher, batches, empty, stage, state_dir=tmp_path)
 
 
 def test_a_half_precision_model_is_ranked_with_an_fp32_mixer(batches, heldout, stage, tmp_path):

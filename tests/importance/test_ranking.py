@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranking_example import NUM_LAYERS, build_teacher, rank_stage
+from ranking_example import LENGTH, NUM_LAYERS, build_teacher, draw_batch, rank_stage, ranking_of
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hybridize.importance import (
     METHODS,
@@ -19,29 +20,9 @@ from hybridize.importance import (
     rank_layers,
     save_ranking,
 )
-from hybridize.spec import AttentionSpec, Mamba1Spec
+from hybridize.spec import AttentionSpec, LayoutSpec, Mamba1Spec
 from hybridize.spec.stages import RankStage
-
-
-def ranking_of(scores=None, **changes):
-    scores = {0: 0.5, 1: 0.25, 3: 0.25, 5: 2.0} if scores is None else scores
-    layers = tuple(sorted(scores))
-    fields = {
-        "method": "mmr",
-        "layers": layers,
-        "order": tuple(sorted(layers, key=lambda layer: (scores[layer], layer))),
-        "num_layers": 6,
-        "mixer": Mamba1Spec(d_inner=64, d_xb=32, dt_rank=4),
-        "scores": scores,
-        "before": {layer: 2 * score for layer, score in scores.items()},
-        "settings": {"steps": 3, "seed": 0},
-        "cost": {"tokens": 100, "seconds": 1.5},
-        "controls": {
-            "uniform": LayerOrder("uniform", layers, None),
-            "random": LayerOrder("random", layers, layers[::-1]),
-        },
-    }
-    return Ranking(**fields | changes)
+from hybridize.transfer import convert
 
 
 def test_the_least_important_layers_are_chosen_and_equals_from_below():
@@ -212,3 +193,56 @@ def test_the_cost_is_known_beforehand():
 def test_planning_needs_no_torch():
     code = "import sys, hybridize.importance; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+EVERY_METHOD = {
+    "mmr": {},
+    "mmr plain": {"method": "mmr", "sweep": "plain", "learning_rate": 1e-3},
+    "loo": {"method": "loo"},
+    "loo block": {"method": "loo", "identity": "block"},
+    "perplexity": {"method": "perplexity"},
+    "window": {"method": "window", "window": 3},
+    "kl": {"method": "kl"},
+    "uniform": {"method": "uniform"},
+    "random": {"method": "random"},
+}
+
+
+@pytest.mark.parametrize("replaced", [(), (0, 3)], ids=["teacher", "hybrid"])
+@pytest.mark.parametrize("name", EVERY_METHOD)
+def test_the_cost_told_beforehand_is_what_is_run(name, replaced, monkeypatch, tmp_path):
+    """Every decoder layer has one MLP: its calls are counted, and the tokens they see."""
+    stage = rank_stage(tokens_per_step=2 * LENGTH, heldout_rows=3, **EVERY_METHOD[name])
+    batches = [draw_batch(seed) for seed in range(stage.steps)]
+    heldout = [draw_batch(100 + row, rows=1) for row in range(stage.heldout_rows)]
+    teacher = build_teacher("llama")
+    layout = LayoutSpec.replace(NUM_LAYERS, replaced, Mamba1Spec(state_size=4))
+    model = convert(teacher, layout)[0].requires_grad_(False) if replaced else teacher
+    seen = []
+    honest = LlamaMLP.forward
+
+    def spy(self, x):
+        seen.append(x.shape[0])
+        return honest(self, x)
+
+    monkeypatch.setattr(LlamaMLP, "forward", spy)
+    ranking = rank_layers(model, teacher, batches, heldout, stage, state_dir=tmp_path)
+    cost = rank_cost(NUM_LAYERS, stage, ranking.layers)
+    without_mlp = stage.heldout_rows * len(ranking.layers) if name == "loo block" else 0
+    assert seen.count(2) == cost["layer_passes"]
+    assert seen.count(1) == cost["scoring_passes"] * stage.heldout_rows - without_mlp
+    assert ranking.cost["tokens"] == cost["tokens"]
+    assert ranking.cost["tokens_scored"] == cost["tokens_scored"]
+    assert {**ranking.cost, "seconds": 0} == cost | {"seconds": 0}
+    assert load_ranking(save_ranking(ranking, tmp_path / "ranking.json")) == ranking
+    assert (ranking.before is not None) == name.startswith("mmr")
+    assert (ranking.baseline is not None) == (not METHODS[stage.method].is_control and stage.method != "mmr")
+    assert ranking.unit == METHODS[stage.method].unit
+
+
+def test_a_layer_of_either_end_ranked_alone_costs_what_is_above_it():
+    stage = rank_stage(steps=1)
+    low, high = (rank_cost(4, stage, [layer])["layer_passes"] for layer in (0, 3))
+    assert (low, high) == (4 + 0 + 4, 4 + 3 + 1)
+    assert rank_cost(4, rank_stage(method="loo", score="world", problems_per_task=5))["answers"] == 5 * 4 * 5
+    assert set(rank_cost(4, stage, []).values()) == {0}

@@ -276,3 +276,41 @@ def test_wrong_input_is_named_in_the_error(change, message):
 def test_dense_shapes_must_agree():
     with pytest.raises(ValueError, match="they must have one shape"):
         dense_divergence(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rules", [((0.25, None), (2.0, None)), ((1.5, 3.0), (1.0, None)), ((1.0, None), (0.5, 2.0))])
+def test_scaled_and_capped_logits_are_those_of_the_dense_formula(kind, rules):
+    torch.manual_seed(3)
+
+    def shaped(logits, rule):
+        scale, softcap = rule
+        return scale * logits if softcap is None else softcap * torch.tanh(scale * logits / softcap)
+
+    hidden, head, bias = (torch.randn(*size, dtype=torch.float64) for size in ((9, 6), (11, 6), (11,)))
+    teacher_hidden, teacher_head = torch.randn(9, 5, dtype=torch.float64), torch.randn(11, 5, dtype=torch.float64)
+    for tensor in (hidden, head, bias):
+        tensor.requires_grad_(True)
+    options = {"kind": kind, "temperature": 1.7}
+    ours = linear_divergence(
+        hidden,
+        head,
+        teacher_hidden,
+        teacher_head,
+        student_bias_V=bias,
+        student_rule=rules[0],
+        teacher_rule=rules[1],
+        chunk_tokens=4,
+        **options,
+    )
+    gradients = torch.autograd.grad(ours, (hidden, head, bias))
+    student, teacher = shaped(hidden @ head.t() + bias, rules[0]), shaped(teacher_hidden @ teacher_head.t(), rules[1])
+    dense = dense_divergence(student, teacher, **options)
+    torch.testing.assert_close(ours, dense)
+    torch.testing.assert_close(gradients, torch.autograd.grad(dense, (hidden, head, bias)))
+
+
+def test_a_rule_out_of_range_is_named():
+    args = [torch.zeros(2, 3), torch.zeros(4, 3)] * 2
+    with pytest.raises(ValueError, match=r"student_rule: scale 0\.0 and softcap None must be above 0"):
+        linear_divergence(*args, student_rule=(0.0, None))

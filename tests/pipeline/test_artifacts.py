@@ -168,7 +168,7 @@ def test_fingerprint_changes_with_a_weight(tmp_path):
     before = fingerprint_model(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"x" * 2_999_999 + b"y")
     assert fingerprint_model(str(tmp_path)) != before
-    assert fingerprint_model("owner/name") == "hub:owner/name"
+    assert fingerprint_model("owner/name") == "hub:owner/name@"
 
 
 def test_fingerprint_samples_a_large_file_and_reads_a_whole_one_when_asked(tmp_path):

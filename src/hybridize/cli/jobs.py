@@ -60,8 +60,9 @@ def report(
 def _plan_table(costs: list[Any], tflops: float) -> Any:
     from rich.table import Table
 
-    table = Table("stage", "what")
-    for column in ("tokens", "trained", "memory", "operations", f"GPU time at {tflops:g} TFLOP/s"):
+    caption = f"GPU time at {tflops:g} TFLOP/s; memory of one copy of everything, before it is spread over GPUs"
+    table = Table("stage", "what", caption=caption)
+    for column in ("tokens", "trained", "memory", "operations", "GPU time"):
         table.add_column(column, justify="right")
     for cost in costs:
         table.add_row(

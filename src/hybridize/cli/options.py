@@ -122,8 +122,11 @@ def run_alone(stage: Any, teacher: str, data: str | None, out: Path, inputs: dic
     """Run one stage outside a recipe."""
     from hybridize.pipeline.artifacts import fingerprint_model
     from hybridize.pipeline.job import Job
+    from hybridize.pipeline.planning import read_teacher_config
     from hybridize.pipeline.progress import Reporter
     from hybridize.pipeline.runner import run_stage
 
+    if not Path(teacher).is_dir() and teacher.count("/") == 1:
+        read_teacher_config(teacher)  # so that the revision is known before anything is identified by it
     job = Job(teacher, read_data(data), Reporter(), dict(inputs or {}))
     return run_stage(stage, job, out, fingerprint_model(teacher))

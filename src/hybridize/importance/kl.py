@@ -36,6 +36,7 @@ from hybridize.importance.steps import autocast, check_batches, check_loss, make
 from hybridize.importance.trials import BASELINE, OnStep, Trial, Try, as_scores, identity, run_trials
 from hybridize.models import MixerLayer, attention_module, swap_layer
 from hybridize.models.hybrid import document_starts
+from hybridize.spec.stages import RankStage
 from hybridize.transfer import replace_layer
 
 ALIGNED_FILE = "aligned.safetensors"
@@ -80,7 +81,7 @@ class _Trials:
             on_step(stage.steps)
         else:
             with autocast(source):
-                align(source, self.mixers, self.batches, request, on_step)
+                align(source, self.mixers, self.batches, stage, on_step)
             _save(file, key, self.mixers)
         self.aligned = {
             layer: {name: tensor.detach().cpu().clone() for name, tensor in mixer.state_dict().items()}
@@ -120,7 +121,7 @@ class _Trials:
 
 
 def align(
-    source: Any, mixers: dict[int, MixerLayer], batches: Sequence[Rows], request: Request, on_step: OnStep
+    source: Any, mixers: dict[int, MixerLayer], batches: Sequence[Rows], stage: RankStage, on_step: OnStep
 ) -> None:
     """Train mixers, a step per batch, each to give what its layer's attention gives on the same input.
 
@@ -128,13 +129,12 @@ def align(
         source: the model with its attention, frozen.
         mixers: by layer; trained in place.
         batches: rows at layer 0.
-        request: settings.
+        stage: the learning rate.
         on_step: called after each step.
 
     Raises:
         ValueError: an error is not finite.
     """
-    stage = request.stage
     groups = [list(mixer.parameters()) for mixer in mixers.values()]
     optimizer = make_optimizer([parameter for group in groups for parameter in group], stage)
     for step, rows in enumerate(batches):

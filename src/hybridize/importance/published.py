@@ -69,7 +69,7 @@ def _read_table(path: Path, num_layers: int) -> tuple[list[str], dict[int, list[
     """Names of the tasks, and a score per task by layer."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
+            reader = csv.reader(file, strict=True, skipinitialspace=True)
             lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except OSError as error:
         raise ValueError(f"{path}: it cannot be read ({error.strerror}); check the path") from None

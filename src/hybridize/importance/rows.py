@@ -74,6 +74,7 @@ class Rows:
     def divergence(self, model: Any, teacher: Any, *, checkpoint: bool = False) -> Tensor:
         """Summed reverse KL of the model against the teacher, in nat, over the valid positions."""
         student_head, teacher_head = model.get_output_embeddings(), teacher.get_output_embeddings()
+        rule, teacher_rule = logit_rule_of(model.config), logit_rule_of(teacher.config)
         hidden_NE = self._final(model, checkpoint=checkpoint)
         assert self.teacher_hidden_NF is not None
         return linear_divergence(
@@ -83,6 +84,8 @@ class Rows:
             teacher_head.weight,
             student_bias_V=getattr(student_head, "bias", None),
             teacher_bias_V=getattr(teacher_head, "bias", None),
+            student_rule=(rule.scale, rule.softcap),
+            teacher_rule=(teacher_rule.scale, teacher_rule.softcap),
             reduction="sum",
         )
 

@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from hybridize.losses.divergence import Kind, Reduction, check_options, check_valid
 
+LogitRule = tuple[float, float | None]
+"""A factor on a head's logits, and a bound on their size (None: no bound)."""
+
 
 def linear_divergence(
     student_hidden_TE: Tensor,
@@ -30,6 +33,8 @@ def linear_divergence(
     valid_T: Tensor | None = None,
     student_bias_V: Tensor | None = None,
     teacher_bias_V: Tensor | None = None,
+    student_rule: LogitRule = (1.0, None),
+    teacher_rule: LogitRule = (1.0, None),
     chunk_tokens: int = 1024,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -50,6 +55,9 @@ def linear_divergence(
         valid_T: bool [T]; tokens that count. Others are not computed at all and get a gradient of zero.
         student_bias_V: bias of the student's head [V], trained with it.
         teacher_bias_V: bias of the teacher's head [V]. Detached.
+        student_rule: (scale, softcap) of the student's logits, which become softcap·tanh(scale·logits/softcap), or
+            scale·logits without a softcap; the bias is added before.
+        teacher_rule: the same of the teacher's.
         chunk_tokens: tokens whose logits exist at once; memory grows with it, some 5 to 8 x chunk x V floats.
         reduction: `mean` over valid tokens, or their `sum`.
 
@@ -83,6 +91,9 @@ def linear_divergence(
             f"teacher {len(teacher_hidden_TF)} and {len(teacher_head_VF)}; both must agree"
         )
     check_valid(valid_T, len(student_hidden_TE))
+    for owner, (scale, softcap) in (("student", student_rule), ("teacher", teacher_rule)):
+        if not scale > 0 or (softcap is not None and not softcap > 0):
+            raise ValueError(f"{owner}_rule: scale {scale} and softcap {softcap} must be above 0")
 
     student_hidden_NE, teacher_hidden_NF = student_hidden_TE, teacher_hidden_TF.detach()
     if valid_T is not None:
@@ -96,6 +107,8 @@ def linear_divergence(
         teacher_hidden_NF,
         teacher_head_VF.detach(),
         None if teacher_bias_V is None else teacher_bias_V.detach(),
+        student_rule,
+        teacher_rule,
         kind,
         beta,
         temperature,
@@ -116,13 +129,15 @@ class _LinearDivergence(torch.autograd.Function):
         teacher_hidden_NF: Tensor,
         teacher_head_VF: Tensor,
         teacher_bias_V: Tensor | None,
+        student_rule: LogitRule,
+        teacher_rule: LogitRule,
         kind: str,
         beta: float,
         temperature: float,
         chunk_tokens: int,
     ) -> Tensor:
-        student = _Head(hidden_NE, head_VE, bias_V, temperature)
-        teacher = _Head(teacher_hidden_NF, teacher_head_VF, teacher_bias_V, temperature)
+        student = _Head(hidden_NE, head_VE, bias_V, student_rule, temperature)
+        teacher = _Head(teacher_hidden_NF, teacher_head_VF, teacher_bias_V, teacher_rule, temperature)
         needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden_NE = torch.empty_like(hidden_NE) if needs_hidden else None
         # Summed over chunks in float32 whatever the weights are, or small contributions are rounded away.
@@ -134,15 +149,15 @@ class _LinearDivergence(torch.autograd.Function):
             for start in range(0, len(hidden_NE), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 hidden_CE = hidden_NE[rows].to(student.dtype)
-                log_q_CV = student.log_probs(hidden_CE)
-                log_p_CV = teacher.log_probs(teacher_hidden_NF[rows].to(teacher.dtype))
+                log_q_CV, slope = student.log_probs(hidden_CE)
+                log_p_CV, _ = teacher.log_probs(teacher_hidden_NF[rows].to(teacher.dtype))
                 per_token_C, grad_CV = _value_and_gradient(
                     log_q_CV, log_p_CV, kind, beta, with_gradient=any(ctx.needs_input_grad)
                 )
                 total += per_token_C.sum()
                 if grad_CV is None:
                     continue
-                grad_CV /= temperature
+                grad_CV *= slope
                 if grad_bias_V is not None:
                     grad_bias_V += grad_CV.sum(0)
                 grad_CV = grad_CV.to(student.dtype)
@@ -163,14 +178,16 @@ class _LinearDivergence(torch.autograd.Function):
             None if hidden is None else hidden * grad.to(hidden.dtype),
             None if head is None else (head * grad).to(head_dtype),
             None if bias is None else (bias * grad).to(bias_dtype),
-            *(None,) * 7,
+            *(None,) * 9,
         )
 
 
 class _Head:
     """One model's projection to log-probabilities: the dtype of the product, and that of the softmax."""
 
-    def __init__(self, hidden: Tensor, weight_VE: Tensor, bias_V: Tensor | None, temperature: float) -> None:
+    def __init__(
+        self, hidden: Tensor, weight_VE: Tensor, bias_V: Tensor | None, rule: LogitRule, temperature: float
+    ) -> None:
         device = hidden.device.type
         dtype = torch.promote_types(hidden.dtype, weight_VE.dtype)
         if torch.is_autocast_enabled(device):
@@ -180,15 +197,23 @@ class _Head:
         self.dtype = dtype if device == "cuda" else self.wide
         self.weight = weight_VE.to(self.dtype)
         self.bias = None if bias_V is None else bias_V.to(self.wide)
+        self.scale, self.softcap = rule
         self.temperature = temperature
 
-    def log_probs(self, hidden_CE: Tensor) -> Tensor:
+    def log_probs(self, hidden_CE: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Log-probabilities [C, V], and how much what goes into softmax changes with the head's output."""
         logits_CV = _matmul(hidden_CE, self.weight.t())
         if self.bias is not None:
             logits_CV += self.bias
-        if self.temperature != 1.0:
-            logits_CV /= self.temperature
-        return torch.log_softmax(logits_CV, dim=-1)
+        slope: Tensor | float = self.scale / self.temperature
+        if self.softcap is None:
+            if slope != 1.0:
+                logits_CV *= slope
+        else:
+            bent_CV = logits_CV.mul_(self.scale / self.softcap).tanh_()
+            slope = bent_CV.square().neg_().add_(1).mul_(slope)
+            logits_CV = bent_CV.mul_(self.softcap / self.temperature)
+        return torch.log_softmax(logits_CV, dim=-1), slope
 
 
 def _value_and_gradient(

@@ -72,13 +72,11 @@ def fingerprint_model(path: str | Path, *, whole: bool = False) -> str:
 
 
 def _revision(name: str) -> str:
-    """The commit of a hub repository that would be loaded; empty if the hub does not say."""
-    from transformers import PreTrainedConfig
+    """The commit of a hub repository that is in the local cache, where its config lies once it was read; else empty."""
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        return str(PreTrainedConfig.get_config_dict(name)[0].get("_commit_hash") or "")
-    except OSError:
-        return ""
+    file = try_to_load_from_cache(name, "config.json")
+    return Path(file).parent.name if isinstance(file, str) else ""
 
 
 def fingerprint_file(path: str | Path) -> str:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from hybridize.data.packing import PackedRows
 from hybridize.losses import Kind, linear_divergence
+from hybridize.models import logit_rule_of
 
 
 def batch_divergence(
@@ -36,6 +37,7 @@ def batch_divergence(
     with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
         student_hidden = _final_hidden(student, batch)
         student_head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
+        student_rule, teacher_rule = logit_rule_of(student.config), logit_rule_of(teacher.config)
         return linear_divergence(
             student_hidden,
             student_head.weight,
@@ -46,6 +48,8 @@ def batch_divergence(
             valid_T=batch["valid"].flatten(),
             student_bias_V=getattr(student_head, "bias", None),
             teacher_bias_V=getattr(teacher_head, "bias", None),
+            student_rule=(student_rule.scale, student_rule.softcap),
+            teacher_rule=(teacher_rule.scale, teacher_rule.softcap),
             reduction="sum",
         )
 

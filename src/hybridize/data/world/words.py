@@ -59,7 +59,7 @@ PLACES = [
 def draw_places(rng: Random, number: int) -> list[str]:
     """Distinct places ("red box") that share colours and kinds, so that half of a name does not tell which is meant.
 
-    They are drawn from a grid of few colours by few kinds, about two thirds of it full. At most 168 (ValueError).
+    They are drawn from a grid of few colours by few kinds, about half of it full. At least 1, at most 168 (ValueError).
     """
     side = math.ceil(math.sqrt(1.5 * number))
     num_kinds = min(side, len(PLACES))
