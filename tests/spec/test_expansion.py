@@ -139,3 +139,16 @@ def test_more_layers_than_the_teacher_has_is_an_error():
 def test_a_name_that_a_schedule_needs_cannot_be_taken():
     with pytest.raises(ValueError, match="'h-2-rank' is taken"):
         expand(recipe({"kind": "rank", "name": "h-2-rank"}, schedule(layers=[2], of=None)), 4)
+
+
+def test_on_policy_batches_are_cut_from_prompts_not_from_tokens():
+    stage = {"kind": "on_policy", "model": "convert", "steps": 1, "prompts_per_step": 48, "rows_per_batch": 48}
+    recipe({"kind": "convert", "layers": [1]}, stage)
+    with pytest.raises(ValueError, match="prompts_per_step 48 is not a whole number of batches of 32"):
+        recipe({"kind": "convert", "layers": [1]}, stage | {"rows_per_batch": 32})
+
+
+def test_a_control_cannot_train_mixers_that_it_has_not():
+    sft = {"kind": "sft", "model": "convert", "steps": 5, "train": "mixers", "teacher_control": True}
+    with pytest.raises(ValueError, match="teacher_control: the teacher has no mixers to train"):
+        recipe({"kind": "convert", "layers": [1]}, sft)

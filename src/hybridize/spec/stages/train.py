@@ -71,6 +71,12 @@ class SftStage(TrainStage):
     kind: Literal["sft"] = "sft"
     teacher_control: bool = False
 
+    @model_validator(mode="after")
+    def _control_has_no_mixers(self) -> Self:
+        if self.teacher_control and self.train == "mixers":
+            raise ValueError("teacher_control: the teacher has no mixers to train; use train: all, or leave it out")
+        return self
+
 
 def control_name(stage: SftStage) -> str:
     """What the fine-tuned teacher beside a fine-tuned hybrid is called."""
@@ -99,7 +105,7 @@ class OnPolicyStage(TrainStage):
     generation_temperature: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
-    def _whole_batches(self) -> Self:
+    def _whole_rows(self) -> Self:
         if self.prompts_per_step % self.rows_per_batch:
             raise ValueError(
                 f"prompts_per_step {self.prompts_per_step} is not a whole number of batches of {self.rows_per_batch}; "
