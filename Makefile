@@ -1,12 +1,14 @@
 # make demo   the main job on a laptop: rank, convert, distil, judge, report
 # make test   the test suite
 # make check  lint, types, import contracts
-# Each makes .venv when it is missing. PYTHON=python3.12 make ... picks another interpreter (3.11 or newer).
+# Each makes .venv when it is missing. PYTHON=python3.12 make ... picks another interpreter (3.11 or newer);
+# WORKERS=8 make test runs more tests at a time.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+WORKERS ?= 2
 
 .PHONY: demo test check format clean
 
@@ -14,7 +16,8 @@ demo: $(INSTALLED)
 	$(BIN)/hybridize run recipes/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m "not timing"
+	$(BIN)/python -m pytest -m timing
 
 check: $(INSTALLED)
 	$(BIN)/ruff check src tests examples

@@ -27,6 +27,7 @@ def hybridize(capsys, *words: object) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
+@pytest.mark.timing
 def test_help_answers_within_half_a_second():
     command = [sys.executable, "-c", "from hybridize.cli import main; main()", "--help"]
     times = []

@@ -371,6 +371,7 @@ def test_memory_kept_for_backward_does_not_grow_with_states() -> None:
     assert kept_numel(24) < 15 * tokens_x_channels
 
 
+@pytest.mark.timing
 def test_chunked_is_several_times_faster_than_the_loop() -> None:
     # Measured on two cores: 8 to 12 times forward, 9 times with the backward; the threshold leaves room for
     # neighbours on the machine. Best of several runs each, and of several rounds.
