@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from family_example import build_member
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranking_example import NUM_LAYERS, build_teacher, draw_batch, rank_stage
@@ -251,3 +252,16 @@ def test_state_files_say_what_they_are(batches, heldout, stage, tmp_path):
     assert (state["layer"], state["score"]) == (1, ranking.scores[1])
     assert state["tokens"] == stage.steps * stage.tokens_per_step
     assert draw_batch(0)["input_ids"].numel() == stage.tokens_per_step
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "granite", "cohere2", "gpt_neox", "qwen3_moe"])
+def test_every_familys_logits_are_its_own(model_type, batches, heldout, stage, tmp_path):
+    """Some scale or bound their logits; the divergence is that of the logits which the models give."""
+    teacher = build_member(model_type)
+    ranking = rank_layers(teacher, teacher, batches, heldout, stage, state_dir=tmp_path)
+    num_heldout = sum(int(batch["valid"].sum()) for batch in heldout)
+    for layer in (0, NUM_LAYERS - 1):
+        student, _ = convert(teacher, LayoutSpec.replace(NUM_LAYERS, [layer], MIXER))
+        with torch.no_grad():
+            expected = sum(float(plain_loss(student, teacher, batch)) for batch in heldout) / num_heldout
+        assert ranking.before[layer] == pytest.approx(expected, rel=1e-4)

@@ -206,15 +206,15 @@ def _rank_cost(stage: RankStage, shape: TeacherShape, num_mixers: int) -> StageC
     cost = rank_cost(shape.num_layers, stage, range(num_layers))
     one_layer = 2.0 * shape.active_parameters / shape.num_layers
     weights = 2.0 * shape.parameters
+    scoring = stage.heldout_rows * stage.sequence_length * cost["scoring_passes"] * one_layer
     if stage.method not in ("mmr", "kl"):
-        rows = stage.heldout_rows * stage.sequence_length
-        passes = shape.num_layers * num_layers
-        return StageCost(stage.name, f"{stage.method}, {num_layers} layers", 0, 0, rows * passes * one_layer, weights)
+        scoring += cost.get("answers", 0) * _TOKENS_PER_PROBLEM * one_layer * shape.num_layers
+        return StageCost(stage.name, f"{stage.method}, {num_layers} layers", 0, 0, scoring, weights)
     trained = mixer_parameters(stage.mixer, shape)
     if stage.method == "mmr" and stage.sweep == "plain":
         trained = shape.parameters
     backward = 2.0 * stage.tokens_per_step * stage.steps * num_layers * shape.num_layers / 2
-    operations = (stage.tokens_per_step * cost["layer_passes"] + backward) * one_layer
+    operations = (stage.tokens_per_step * cost["layer_passes"] + backward) * one_layer + scoring
     activations = _activations(shape, stage.tokens_per_step, whole=not stage.gradient_checkpointing)
     return StageCost(
         stage.name,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridize.pipeline.job import Job, check_same_vocabulary, working_dtype
+from hybridize.spec.mixers import AttentionSpec
 from hybridize.spec.stages import TEACHER, RankStage
 
 RANKING_FILE = "ranking.json"
@@ -18,6 +19,7 @@ def run_rank(stage: RankStage, job: Job, folder: Path) -> dict[str, Any]:
     from hybridize.data.chat import check_chat_template
     from hybridize.data.packing import pack_rows
     from hybridize.importance import rank_cost, rank_layers, save_ranking
+    from hybridize.models import layout_of
 
     teacher = job.load_teacher()
     model = teacher
@@ -30,7 +32,8 @@ def run_rank(stage: RankStage, job: Job, folder: Path) -> dict[str, Any]:
     judge: Callable[[Any], float] | None = None
     if stage.method in _READS_ROWS:
         check_chat_template(tokenizer)
-        cost = rank_cost(teacher.config.num_hidden_layers, stage)
+        attention = [i for i, mixer in enumerate(layout_of(model.config).layers) if isinstance(mixer, AttentionSpec)]
+        cost = rank_cost(teacher.config.num_hidden_layers, stage, attention)
         job.reporter.say(f"  {describe_cost(cost)}")
         if stage.method == "loo" and stage.score == "world":
             judge = _judge(stage, tokenizer)

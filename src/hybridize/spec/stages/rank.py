@@ -25,11 +25,12 @@ class RankStage(DataStage, MixedStage):
         score: what `loo` measures: the `loss` on held-out completions, or the accuracy in the reasoning `world`.
         window: tokens that a layer still sees under `window`.
         scores: the CSV file that `import` reads: a column `layer`, then one per task; row -1 is the baseline.
-        steps: training steps per layer (`mmr`, `kl`). The paper: 100.
+        steps: training steps per layer (`mmr`, `kl`; `kl` takes as many twice more, before it looks at layers). The
+            paper: 100.
         tokens_per_step: tokens of a step.
         sequence_length: tokens of a packed row.
         heldout_rows: rows that the loss is measured on, before and after; never trained on.
-        learning_rate: of what is trained, Adam.
+        learning_rate: of what is trained, Adam. For `sweep: plain`, which trains all weights, take about a tenth.
         gradient_checkpointing: trade time for memory.
         tasks: of the reasoning world, for `score: world`.
         level: their difficulty.
