@@ -53,6 +53,68 @@ def test_verbs_lead_from_teacher_to_distilled_hybrid(capsys, tiny_teacher, tmp_p
     assert "overall" in text
 
 
+def test_verbs_of_the_whole_recipe_follow_one_another(capsys, tiny_teacher, tmp_path):
+    small = ["--tokens-per-step", 256, "--sequence-length", 256, "--steps", 1]
+    traces, hybrid, fitted = tmp_path / "traces", tmp_path / "hybrid", tmp_path / "fitted"
+    tuned, merged, own = tmp_path / "tuned", tmp_path / "merged", tmp_path / "own"
+    words = ["--num-prompts", 4, "--max-new-tokens", 8, "--verifier", "none", "--data", "world:1"]
+    code, text, _ = hybridize(capsys, "traces", tiny_teacher, traces, *words)
+    assert code == 0
+    assert "4 of 4 answers kept" in text
+    data = ["--data", traces / "traces.parquet"]
+    assert hybridize(capsys, "convert", tiny_teacher, hybrid, "--layers", "1")[0] == 0
+    assert hybridize(capsys, "fit", hybrid, tiny_teacher, fitted, *small, *data)[0] == 0
+    code, text, _ = hybridize(capsys, "sft", fitted, tuned, *small, *data, "--teacher-control", tiny_teacher)
+    assert code == 0
+    assert (tmp_path / "tuned-teacher" / "model.safetensors").is_file()
+    words = ["--on-policy", "--steps", 1, "--set", "prompts_per_step=2", "--set", "max_new_tokens=8"]
+    assert hybridize(capsys, "distill", fitted, tiny_teacher, own, *words, "--data", "world:1")[0] == 0
+    assert hybridize(capsys, "merge", tuned, own, "--out", merged, "--method", "slerp", "--weights", "0.7,0.3")[0] == 0
+    further = tmp_path / "further"
+    assert hybridize(capsys, "convert", merged, further, "--layers", "2")[0] == 0
+    mixers = json.loads((further / "config.json").read_text())["mixers"]
+    assert [mixer["type"] for mixer in mixers] == ["attention", "mamba1", "mamba1", "attention"]
+    text_file, figures = tmp_path / "text.txt", tmp_path / "text.json"
+    text_file.write_text("red box 914, gold jar 628. " * 20)
+    words = ["--text", text_file, "--teacher", tiny_teacher, "--out", figures]
+    assert hybridize(capsys, "evaluate", merged, *words)[0] == 0
+    assert json.loads(figures.read_text())["kl_nats"] > 0
+    code, text, _ = hybridize(capsys, "throughput", merged, "--batch-size", 2, "--new-tokens", 4, "--repeats", 1)
+    assert code == 0
+    assert "tokens/s" in text
+
+
+def test_rank_takes_published_scores_and_a_hybrid(capsys, tiny_teacher, tmp_path):
+    scores, out = tmp_path / "scores.csv", tmp_path / "ranking.json"
+    scores.write_text("layer,mmlu\n-1,0.8\n0,0.3\n1,0.79\n2,0.5\n3,0.7\n")
+    assert hybridize(capsys, "rank", tiny_teacher, "--out", out, "--import", scores)[0] == 0
+    assert json.loads(out.read_text())["order"] == [1, 3, 2, 0]
+    assert hybridize(capsys, "convert", tiny_teacher, tmp_path / "hybrid", "--layers", "1")[0] == 0
+    words = ["--model", tmp_path / "hybrid", "--method", "loo", *SMALL, "--set", "heldout_rows=1"]
+    assert hybridize(capsys, "rank", tiny_teacher, "--out", tmp_path / "loo.json", *words)[0] == 0
+    assert sorted(json.loads((tmp_path / "loo.json").read_text())["order"]) == [0, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "weight_decy=0.1"], "weight_decy: unknown key; did you mean 'weight_decay'?"),
+        (["--set", "weight_decay"], "--set: 'weight_decay' is no setting; write e.g. --set weight_decay=0.1"),
+        (["--data", "world:x"], "--data: 'world:x' names no levels; write e.g. world:1,2"),
+    ],
+)
+def test_mistakes_in_options_of_many_verbs_are_named(capsys, hybrid, tiny_teacher, tmp_path, words, message):
+    code, _, error = hybridize(capsys, "distill", hybrid, tiny_teacher, tmp_path / "out", "--steps", 1, *SMALL, *words)
+    assert code == 2
+    assert message in error
+
+
+def test_a_layer_that_is_a_mixer_already_is_named(capsys, hybrid, tmp_path):
+    code, _, error = hybridize(capsys, "convert", hybrid, tmp_path / "out", "--layers", "0,1")
+    assert code == 2
+    assert "--layers[1]: layer 1 is mamba1 already; name one that is attention still" in error
+
+
 def test_convert_without_layers_is_the_teacher_bit_for_bit(capsys, tiny_teacher, tmp_path):
     import torch
 

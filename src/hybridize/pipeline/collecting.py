@@ -146,10 +146,11 @@ class _Study:
         return any(s.control for s in self._done(JudgingStage) if s.model == model)
 
     def _models(self) -> Iterator[Model]:
-        """The teacher and every model made, with what was spent on it."""
+        """The teacher and every model of which something was measured, with what was spent on it."""
         yield Model(TEACHER, self._label(TEACHER), 0)
+        measured = {stage.model for stage in self._done(JudgingStage)}
         for stage in self._done(StageSpec):
-            if stage.kind in MODEL_KINDS:
+            if stage.kind in MODEL_KINDS and stage.name in measured:
                 spent = tuple(TokenSpend(name, tokens) for name, tokens in self._spent(stage.name).items())
                 mixers = sum(mixer != "attention" for mixer in self._layout(stage.name))
                 yield Model(stage.name, self._label(stage.name), mixers, spent, self._is_control(stage.name))
