@@ -75,6 +75,13 @@ def convert(
     layers: Annotated[str | None, typer.Option(help="Layers to replace, e.g. 3,5,6; or none.")] = None,
     ranking: Annotated[Path | None, typer.Option(help="A ranking file that decides instead.")] = None,
     num: Annotated[int | None, typer.Option(help="How many layers, with --ranking.")] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead, what each layer is to be, one letter a layer: a attention, m mamba1, 2 mamba2, "
+            "g gated_delta_net, k kimi_delta_attention, s sliding_window, i identity."
+        ),
+    ] = None,
     mixer: MixerOption = "mamba1",
     init: InitOption = "aligned",
     explain: Annotated[bool, typer.Option(help="Print where every tensor comes from.")] = False,
@@ -85,22 +92,31 @@ def convert(
     from hybridize.pipeline.artifacts import writing
     from hybridize.pipeline.job import load_tokenizer
     from hybridize.pipeline.progress import quiet_libraries
+    from hybridize.spec import LayoutSpec
     from hybridize.spec.base import choose
+    from hybridize.transfer import INITS
     from hybridize.transfer import convert as convert_model
 
     quiet_libraries()
-    choose("--init", init, ("aligned", "published", "random"))
+    choose("--init", init, INITS)
     spec = read_mixer(mixer)
     check_output(out)
-    chosen, num_ranked = _parse_layers(layers, ranking, num)
+    whole = None if layout is None else LayoutSpec.read(layout, place="--layout")
+    if whole is None:
+        chosen, num_ranked = _parse_layers(layers, ranking, num)
+    elif layers is not None or ranking is not None:
+        raise ValueError("--layout: it says what every layer becomes; leave out --layers and --ranking")
+    else:
+        chosen, num_ranked = (), None
     source = load_model(model).requires_grad_(False)
     num_layers = source.config.num_hidden_layers
     if num_ranked not in (None, num_layers):
         raise ValueError(
             f"--ranking: {ranking} ranks a model of {num_ranked} layers, but {model} has {num_layers}; give its own"
         )
-    layout = layout_of(source.config).with_replaced(chosen, spec, "--layers")
-    hybrid, plan = convert_model(source, layout, init, seed, share=True)
+    if whole is None:
+        whole = layout_of(source.config).with_replaced(chosen, spec, "--layers")
+    hybrid, plan = convert_model(source, whole, init, seed, share=True)
     tokenizer = load_tokenizer(model)
     with writing(out):
         save_hybrid(hybrid, tokenizer, out)
@@ -136,7 +152,9 @@ def merge(
 def _parse_layers(layers: str | None, ranking: Path | None, num: int | None) -> tuple[tuple[int, ...], int | None]:
     """The layers to replace, and of a ranking, how many layers its model has."""
     if (layers is None) == (ranking is None):
-        raise ValueError("convert: say which layers, by --layers 3,5,6 (or none), or by --ranking FILE --num N")
+        raise ValueError(
+            "convert: say which layers, by --layers 3,5,6 (or none), by --ranking FILE --num N, or by --layout"
+        )
     if layers is not None:
         if num is not None:
             raise ValueError("--num: goes with --ranking only; leave it out")

@@ -16,9 +16,16 @@ DataOption = Annotated[
     ),
 ]
 MixerOption = Annotated[
-    str, typer.Option(help="What replaces attention: mamba1 (the paper's), or e.g. '{type: mamba1, state_size: 8}'.")
+    str,
+    typer.Option(
+        help="What replaces attention: mamba1 (the paper's), mamba2, gated_delta_net, kimi_delta_attention, "
+        "sliding_window or identity; with sizes, e.g. '{type: mamba1, state_size: 8}'."
+    ),
 ]
-InitOption = Annotated[str, typer.Option(help="How a mixer starts: aligned, published (the paper's MIL) or random.")]
+InitOption = Annotated[
+    str,
+    typer.Option(help="How a mixer starts: aligned, neutral, attention_gate, published (the paper's MIL) or random."),
+]
 SeedOption = Annotated[int, typer.Option(help="Of data and random draws.")]
 SetOption = Annotated[
     list[str] | None,

@@ -11,9 +11,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad, silu
+from torch.nn.functional import linear
 
 from hybridize.mixers.base import Mixer, MixerState
+from hybridize.ops.causal_conv import causal_conv, causal_conv_step
 from hybridize.ops.selective_scan import selective_scan, selective_scan_step
 from hybridize.spec.mixers import Mamba1Spec
 
@@ -114,13 +115,13 @@ class Mamba1Mixer(Mixer):
         A_DN = -torch.exp(_at_least_fp32(self.A_log))
         D_D, dt_bias_D = _at_least_fp32(self.D), _at_least_fp32(self.dt_proj.bias) * bias_scale
 
+        taps_DK = self.conv1d.weight.squeeze(1)
+        repeat = (self.num_states, self.num_heads // self.num_groups)  # each group's x goes to all of its heads
+
         if state is not None and hidden_BLE.shape[1] == 1:
             if starts_BL is not None:
                 state = MixerState(*(tensor.masked_fill(starts_BL.unsqueeze(-1), 0.0) for tensor in state))
-            newest_BD1 = self._repeat(x_BLX).transpose(1, 2)
-            window_BDK = torch.cat([state.conv[..., 1:].to(newest_BD1.dtype), newest_BD1], dim=-1)
-            taps_DK = _at_least_fp32(self.conv1d.weight.squeeze(1))
-            x_BD = silu((window_BDK * taps_DK).sum(dim=-1) + self.conv1d.bias).to(x_BLX.dtype)
+            x_BD, window_BDK = causal_conv_step(state.conv, x_BLX[:, 0], taps_DK, self.conv1d.bias, repeat=repeat)
             y_BD, ssm_BDN = selective_scan_step(
                 state.ssm,
                 x_BD,
@@ -137,7 +138,15 @@ class Mamba1Mixer(Mixer):
             new_state = MixerState(window_BDK, ssm_BDN)
             return self.out_proj(y_BD.unsqueeze(1)), new_state if return_state else None
 
-        x_BLD, window = self._convolve(x_BLX, starts_BL, None if state is None else state.conv, return_state)
+        x_BLD, window = causal_conv(
+            x_BLX,
+            taps_DK,
+            self.conv1d.bias,
+            repeat=repeat,
+            starts_BL=starts_BL,
+            window_BDK=None if state is None else state.conv,
+            return_window=return_state,
+        )
         y_BLD, ssm = selective_scan(
             x_BLD,
             dt_BLD,
@@ -155,50 +164,6 @@ class Mamba1Mixer(Mixer):
         if window is None or ssm is None:
             return out_BLE, None
         return out_BLE, MixerState(window, ssm)
-
-    def _repeat(self, x_BLX: Tensor) -> Tensor:
-        """Repeat each group's channels for its heads: [B, L, X] -> [B, L, D]."""
-        x_BLGN = x_BLX.unflatten(-1, (self.num_groups, self.num_states))
-        return x_BLGN.repeat_interleave(self.num_heads // self.num_groups, dim=2).flatten(2)
-
-    def _convolve(
-        self, x_BLX: Tensor, starts_BL: Tensor | None, window_BDK: Tensor | None, return_window: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Repeat x to D channels, convolve causally within documents, apply SiLU.
-
-        A sum of shifted inputs, one term per tap: the repeated input is never held, and a tap that reaches
-        into another document is masked. Sums are in fp32 at least. Returns the result [B, L, D] in x's dtype
-        and, if asked for, the last K inputs [B, D, K].
-        """
-        taps, num_groups = self.conv_kernel, self.num_groups
-        length, grouped = x_BLX.shape[1], (num_groups, -1, self.num_states)  # G, heads of a group, N
-        if window_BDK is None:
-            past_BLX = pad(x_BLX, (0, 0, taps, 0))
-        else:
-            window_BXK = window_BDK.unflatten(1, grouped)[:, :, 0].flatten(1, 2)
-            past_BLX = torch.cat([window_BXK.transpose(1, 2).to(x_BLX.dtype), x_BLX], dim=1)
-        document_BL = None
-        if starts_BL is not None:
-            document_BL = pad(starts_BL.cumsum(dim=1), (taps, 0))
-        exact_BLX = _at_least_fp32(past_BLX)
-        weight_DK = self.conv1d.weight.squeeze(1).to(exact_BLX.dtype)
-        sum_BLGRN = self.conv1d.bias.to(exact_BLX.dtype).unflatten(0, grouped)
-        for tap in range(taps):
-            first = tap + 1  # the last tap reads the token itself, `past` is longer by `taps`
-            shifted_BLX = exact_BLX[:, first : first + length]
-            if document_BL is not None and first < taps:
-                other_BL = document_BL[:, first : first + length] != document_BL[:, taps:]
-                shifted_BLX = shifted_BLX.masked_fill(other_BL.unsqueeze(-1), 0.0)
-            shifted_BLG1N = shifted_BLX.unflatten(-1, (num_groups, 1, self.num_states))
-            sum_BLGRN = torch.addcmul(sum_BLGRN, shifted_BLG1N, weight_DK[:, tap].unflatten(0, grouped))
-        x_BLD = silu(sum_BLGRN.flatten(2)).to(x_BLX.dtype)
-        if not return_window:
-            return x_BLD, None
-        last_BKX = past_BLX[:, -taps:]
-        if document_BL is not None:
-            other_BK = document_BL[:, -taps:] != document_BL[:, -1:]
-            last_BKX = last_BKX.masked_fill(other_BK.unsqueeze(-1), 0.0)
-        return x_BLD, self._repeat(last_BKX).transpose(1, 2).contiguous()
 
     def _check(
         self, hidden_BLE: Tensor, starts_BL: Tensor | None, valid_BL: Tensor | None, state: MixerState | None

@@ -8,7 +8,6 @@ What is special of each family, and what of its attention a mixer cannot carry, 
 """
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,17 +48,6 @@ class LogitRule:
     softcap: float | None = None
 
 
-def _geometry(config: Any) -> AttentionGeometry:
-    """Read the sizes of attention from a config that uses transformers' usual names."""
-    num_heads = config.num_attention_heads
-    return AttentionGeometry(
-        hidden_size=config.hidden_size,
-        num_heads=num_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-    )
-
-
 @dataclass(frozen=True)
 class ModelFamily:
     """One row: everything that differs between decoders, as far as surgery and transfer care.
@@ -78,9 +66,12 @@ class ModelFamily:
         fused: name of the one projection that holds queries, keys and values instead of `q`, `k` and `v`.
         fused_order: how its rows lie: `kind`, all queries, then all keys, then all values; or `head`, query,
             key and value of the first head, then of the second, and so on.
-        norms: names of the norms of queries and keys within the attention submodule.
+        norms: names of the RMS norms of queries and keys within the attention submodule.
+        norm_span: what such a norm spans: each `head` by itself, or the whole `width`.
+        norm_offset: what the norm adds to its weight before it multiplies by it.
+        qkv_bias: whether the projections of queries, keys and values have biases, or the config's field that says so.
+        output_bias: likewise for the output projection.
         cache: name of the argument by which a decoder layer hands its attention the cache.
-        geometry: reads the sizes of attention from the config.
         logit_scale: name of the config's field that multiplies the logits.
         logit_divisor: name of the config's field that divides the logits.
         logit_softcap: name of the config's field that bounds the logits.
@@ -99,8 +90,11 @@ class ModelFamily:
     fused: str | None = None
     fused_order: Literal["kind", "head"] = "kind"
     norms: tuple[str, ...] = ()
+    norm_span: Literal["head", "width"] = "head"
+    norm_offset: float = 0.0
+    qkv_bias: bool | str = "attention_bias"
+    output_bias: bool | str = "attention_bias"
     cache: str = "past_key_values"
-    geometry: Callable[[Any], AttentionGeometry] = _geometry
     logit_scale: str | None = None
     logit_divisor: str | None = None
     logit_softcap: str | None = None
@@ -135,6 +129,20 @@ class ModelFamily:
             return list(listed)
         kind = "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
         return [kind] * config.num_hidden_layers
+
+    def geometry(self, config: Any) -> AttentionGeometry:
+        """Read the sizes of attention from a teacher's or a hybrid's config."""
+        num_heads = config.num_attention_heads
+        return AttentionGeometry(
+            hidden_size=config.hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+            qkv_bias=_says(config, self.qkv_bias),
+            output_bias=_says(config, self.output_bias),
+            qk_norm=self.norm_span if self.norms else "none",
+            norm_eps=getattr(config, "rms_norm_eps", None) or 1e-6,
+        )
 
     def projections(self, geometry: AttentionGeometry) -> tuple[Projection, Projection, Projection, Projection]:
         """Where queries, keys, values and output have their weights within the attention submodule."""
@@ -185,6 +193,11 @@ class ModelFamily:
             ) from None
 
 
+def _says(config: Any, flag: bool | str) -> bool:
+    """A flag, or what the config's field of that name says; a field that it lacks says no."""
+    return flag if isinstance(flag, bool) else bool(getattr(config, flag, False))
+
+
 def _fused_rows(geometry: AttentionGeometry, order: str) -> tuple[tuple[int, ...], ...]:
     """Rows of queries, keys and values in a fused projection."""
     width = geometry.head_dim
@@ -204,7 +217,7 @@ FAMILIES: dict[str, ModelFamily] = {
         ModelFamily("mistral", "MistralConfig", "MistralForCausalLM"),
         ModelFamily("ministral", "MinistralConfig", "MinistralForCausalLM"),
         ModelFamily("ministral3", "Ministral3Config", "Ministral3ForCausalLM"),
-        ModelFamily("qwen2", "Qwen2Config", "Qwen2ForCausalLM"),
+        ModelFamily("qwen2", "Qwen2Config", "Qwen2ForCausalLM", qkv_bias=True, output_bias=False),
         ModelFamily("qwen3", "Qwen3Config", "Qwen3ForCausalLM", norms=_QK_NORMS),
         ModelFamily("gemma2", "Gemma2Config", "Gemma2ForCausalLM", logit_softcap="final_logit_softcapping"),
         ModelFamily(
@@ -213,13 +226,16 @@ FAMILIES: dict[str, ModelFamily] = {
             "Gemma3ForCausalLM",
             package="gemma3",
             norms=_QK_NORMS,
+            norm_offset=1.0,
             logit_softcap="final_logit_softcapping",
         ),
         ModelFamily("phi3", "Phi3Config", "Phi3ForCausalLM", fused="qkv_proj"),
-        ModelFamily("olmo2", "Olmo2Config", "Olmo2ForCausalLM", norms=_QK_NORMS),
+        ModelFamily("olmo2", "Olmo2Config", "Olmo2ForCausalLM", norms=_QK_NORMS, norm_span="width"),
         ModelFamily("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM"),
         ModelFamily("granite", "GraniteConfig", "GraniteForCausalLM", logit_divisor="logits_scaling"),
-        ModelFamily("starcoder2", "Starcoder2Config", "Starcoder2ForCausalLM"),
+        ModelFamily(
+            "starcoder2", "Starcoder2Config", "Starcoder2ForCausalLM", qkv_bias="use_bias", output_bias="use_bias"
+        ),
         ModelFamily("cohere2", "Cohere2Config", "Cohere2ForCausalLM", logit_scale="logit_scale"),
         ModelFamily(
             "gpt_neox",

@@ -251,7 +251,7 @@ class _Study:
         ranking = self.stages.get(origin.ranking) if origin.ranking else None
         if isinstance(ranking, RankStage) and METHODS[ranking.method].is_control:
             return f"{ranking.method} layers: {word}"
-        return word if origin.init == "aligned" else f"{origin.init} init: {word}"
+        return word if origin.init == ConvertStage.model_fields["init"].default else f"{origin.init} init: {word}"
 
     def _memory(self, converts: list[Any]) -> Iterator[CacheMemory]:
         """The teacher's cache, and that of each number of replaced layers."""

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybridize.pipeline.sizes import TeacherShape, mixer_parameters
 from hybridize.spec.expansion import expand
-from hybridize.spec.mixers import AttentionGeometry, AttentionSpec, Mamba1Spec
+from hybridize.spec.mixers import MixerSpec
 from hybridize.spec.recipe import RecipeSpec
 from hybridize.spec.stages import (
     TEACHER,
@@ -35,79 +36,6 @@ _TOKENS_PER_ANSWER = 2000
 
 
 @dataclass(frozen=True)
-class TeacherShape:
-    """Sizes of a dense decoder, for counting parameters and operations.
-
-    Attributes:
-        geometry: of its attention.
-        num_layers: decoder layers.
-        intermediate_size: width of the gated MLP.
-        vocab_size: rows of the embedding.
-        tied: whether input and output embedding are one.
-    """
-
-    geometry: AttentionGeometry
-    num_layers: int
-    intermediate_size: int
-    vocab_size: int
-    tied: bool
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "TeacherShape":
-        """Read a config.json."""
-        heads = config["num_attention_heads"]
-        return cls(
-            AttentionGeometry(
-                hidden_size=config["hidden_size"],
-                num_heads=heads,
-                num_kv_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            ),
-            config["num_hidden_layers"],
-            config["intermediate_size"],
-            config["vocab_size"],
-            config.get("tie_word_embeddings", False),
-        )
-
-    @property
-    def attention_parameters(self) -> int:
-        """Of the q, k, v and o projections of one layer."""
-        g = self.geometry
-        return 2 * g.hidden_size * g.head_dim * (g.num_heads + g.num_kv_heads)
-
-    @property
-    def layer_parameters(self) -> int:
-        """Of one layer: attention, gated MLP, two norms."""
-        hidden = self.geometry.hidden_size
-        return self.attention_parameters + 3 * hidden * self.intermediate_size + 2 * hidden
-
-    @property
-    def parameters(self) -> int:
-        """Of the whole model."""
-        embeddings = (1 if self.tied else 2) * self.vocab_size * self.geometry.hidden_size
-        return self.num_layers * self.layer_parameters + embeddings + self.geometry.hidden_size
-
-    @property
-    def active_parameters(self) -> int:
-        """What a token is multiplied with: all but the input embedding."""
-        head = self.vocab_size * self.geometry.hidden_size
-        return self.num_layers * self.layer_parameters + head
-
-
-def mixer_parameters(spec: AttentionSpec | Mamba1Spec, shape: TeacherShape) -> int:
-    """Parameters of one mixer in the place of the teacher's attention."""
-    if isinstance(spec, AttentionSpec):
-        return shape.attention_parameters
-    spec = spec.resolve(shape.geometry)
-    assert spec.d_inner
-    assert spec.d_xb
-    assert spec.dt_rank
-    hidden, inner = shape.geometry.hidden_size, spec.d_inner
-    projections = hidden * (3 * inner + 2 * spec.d_xb + spec.dt_rank) + spec.dt_rank * inner
-    return projections + inner * (spec.conv_kernel + spec.state_size + 3)
-
-
-@dataclass(frozen=True)
 class StageCost:
     """An estimate for one stage.
 
@@ -132,7 +60,7 @@ class StageCost:
 class _Model:
     """A model that a stage makes: how many layers are which mixer."""
 
-    mixers: tuple[AttentionSpec | Mamba1Spec, ...] = ()
+    mixers: tuple[MixerSpec, ...] = ()
 
 
 def plan_recipe(recipe: RecipeSpec, shape: TeacherShape) -> list[StageCost]:
@@ -146,8 +74,8 @@ def plan_recipe(recipe: RecipeSpec, shape: TeacherShape) -> list[StageCost]:
     costs = []
     for stage in expand(recipe, shape.num_layers).stages:
         if isinstance(stage, ConvertStage):
-            count = len(stage.layers or ()) or stage.num_layers or 0
-            models[stage.name] = _Model(models[stage.model].mixers + (stage.mixer,) * count)
+            before = () if stage.layout is not None else models[stage.model].mixers
+            models[stage.name] = _Model(before + stage.made)
         elif isinstance(stage, MergeStage):
             models[stage.name] = models[stage.sources[0]]
         elif isinstance(stage, TrainStage):
@@ -164,7 +92,7 @@ def _cost(stage: StageSpec, shape: TeacherShape, models: Mapping[str, _Model]) -
             return _rank_cost(stage, shape, len(models[stage.model].mixers))
         case ConvertStage():
             made = len(models[stage.name].mixers)
-            text = f"{made} of {shape.num_layers} layers to {stage.mixer.type}, init {stage.init}"
+            text = f"{made} of {shape.num_layers} layers to {stage.made_of}, init {stage.init}"
             return StageCost(stage.name, text, memory=2 * frozen)
         case TrainStage():
             return _training_cost(stage, shape, models[stage.model])

@@ -185,12 +185,13 @@ def describe(stage: StageSpec) -> str:
     """A stage in a few words."""
     match stage:
         case ConvertStage():
-            where = (
-                f"layers {list(stage.layers)}"
-                if stage.layers is not None
-                else f"{stage.num_layers} layers by {stage.ranking}"
-            )
-            return f"convert {where} of {stage.model} to {stage.mixer.type}, init {stage.init}"
+            if stage.layout is not None:
+                where = f"{len(stage.made)} layers"
+            elif stage.layers is not None:
+                where = f"layers {list(stage.layers)}"
+            else:
+                where = f"{stage.num_layers} layers by {stage.ranking}"
+            return f"convert {where} of {stage.model} to {stage.made_of}, init {stage.init}"
         case EvaluateStage():
             return f"judge {stage.model} on {stage.problems_per_task} problems of {len(stage.tasks)} tasks"
         case RankStage():

@@ -5,8 +5,13 @@ from hybridize.spec.mixers import (
     MIXER_TYPES,
     AttentionGeometry,
     AttentionSpec,
+    GatedDeltaNetSpec,
+    IdentitySpec,
+    KimiDeltaAttentionSpec,
     Mamba1Spec,
+    Mamba2Spec,
     MixerSpec,
+    SlidingWindowSpec,
     parse_mixer,
 )
 
@@ -14,8 +19,13 @@ __all__ = [
     "MIXER_TYPES",
     "AttentionGeometry",
     "AttentionSpec",
+    "GatedDeltaNetSpec",
+    "IdentitySpec",
+    "KimiDeltaAttentionSpec",
     "LayoutSpec",
     "Mamba1Spec",
+    "Mamba2Spec",
     "MixerSpec",
+    "SlidingWindowSpec",
     "parse_mixer",
 ]

@@ -1,12 +1,12 @@
 """A layout: which mixer each layer of the hybrid has."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
 from pydantic import Field
 
 from hybridize.spec.base import Spec
-from hybridize.spec.mixers import AttentionGeometry, AttentionSpec, Mamba1Spec, MixerSpec
+from hybridize.spec.mixers import MIXER_TYPES, AttentionGeometry, AttentionSpec, MixerSpec
 
 
 class LayoutSpec(Spec):
@@ -19,7 +19,7 @@ class LayoutSpec(Spec):
         cls,
         num_layers: int,
         replaced: Iterable[int],
-        mixer: AttentionSpec | Mamba1Spec,
+        mixer: MixerSpec,
         place: str = "layers",
     ) -> Self:
         """Attention everywhere, but `mixer` in the layers named by `replaced` (0-based).
@@ -29,7 +29,33 @@ class LayoutSpec(Spec):
         """
         return cls(layers=(AttentionSpec(),) * num_layers).with_replaced(replaced, mixer, place)
 
-    def with_replaced(self, replaced: Iterable[int], mixer: AttentionSpec | Mamba1Spec, place: str = "layers") -> Self:
+    @classmethod
+    def read(cls, word: str, blocks: Mapping[str, MixerSpec] | None = None, place: str = "layout") -> Self:
+        """Read a layout that is written as one letter per layer, e.g. `aammgaaa`.
+
+        Args:
+            word: the letters.
+            blocks: mixers by the letter that stands for them; by default a letter stands for its kind's default.
+            place: what to call the layout in errors.
+
+        Raises:
+            ValueError: a letter stands for nothing, or a block is called by more than one letter or by none.
+        """
+        known: dict[str, MixerSpec] = {kind.letter: kind() for kind in MIXER_TYPES.values()}
+        for name in blocks or {}:
+            if len(name) != 1:
+                raise ValueError(f"blocks: {name!r} is not one letter; call a block by the letter that the layout has")
+        known |= blocks or {}
+        for layer, letter in enumerate(word):
+            if letter not in known:
+                meanings = ", ".join(f"{name} ({mixer.type})" for name, mixer in known.items())
+                raise ValueError(f"{place}[{layer}]: {letter!r} stands for nothing; use {meanings}, or add a block")
+        unused = [name for name in blocks or {} if name not in word]
+        if unused:
+            raise ValueError(f"blocks: the layout {word!r} has no {unused[0]!r}; use the block or remove it")
+        return cls(layers=tuple(known[letter] for letter in word))
+
+    def with_replaced(self, replaced: Iterable[int], mixer: MixerSpec, place: str = "layers") -> Self:
         """This layout with `mixer` in further layers (0-based) that are attention still.
 
         Raises:
@@ -55,8 +81,8 @@ class LayoutSpec(Spec):
         return type(self)(layers=tuple(mixer.resolve(geometry) for mixer in self.layers))
 
     def __str__(self) -> str:
-        """One letter a layer, e.g. `aammaaaa`: the first letter of each mixer's name."""
-        return "".join(mixer.type[0] for mixer in self.layers)
+        """One letter a layer, e.g. `aammaaga`; each mixer's spec says which."""
+        return "".join(mixer.letter for mixer in self.layers)
 
 
 def check_layers(layers: Sequence[int], num_layers: int, place: str = "layers") -> None:

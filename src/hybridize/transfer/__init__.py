@@ -1,12 +1,15 @@
 """Attention weights to mixer weights, as a plan that explains itself: expressions first, tensors second."""
 
 from hybridize.transfer.conversion import ConversionPlan, convert, plan_conversion, replace_layer
-from hybridize.transfer.expressions import Fresh, Stack, Take
+from hybridize.transfer.expressions import Blend, Constant, Fresh, Stack, Take
 from hybridize.transfer.pairing import aligned_order, count_aligned
-from hybridize.transfer.plan import INITS, Entry, InitName, TransferPlan, plan_transfer
+from hybridize.transfer.plan import Entry, TransferPlan, plan_transfer
+from hybridize.transfer.rules import INITS, InitName
 
 __all__ = [
     "INITS",
+    "Blend",
+    "Constant",
     "ConversionPlan",
     "Entry",
     "Fresh",

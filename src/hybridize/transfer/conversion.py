@@ -112,6 +112,7 @@ def plan_conversion(config: Any, tensors: Iterable[str], layout: LayoutSpec, ini
             target=f"{source}.mixer",
             projections=family.projections(geometry_of(config)),
             norms=family.norms,
+            norm_offset=family.norm_offset,
             source_tensors=[name for name in names if name.startswith(f"{source}.")],
             initializer_range=getattr(config, "initializer_range", None) or 0.02,
             place=f"layout[{layer}]",

@@ -4,26 +4,10 @@ Values go to x, keys to B, queries to C, the output projection to the output pro
 size, the convolution, A and D have no counterpart in attention and keep the mixer's own initialisation.
 """
 
-from dataclasses import dataclass
-
 from hybridize.spec import AttentionGeometry, Mamba1Spec
+from hybridize.transfer.attention import AttentionTensors
 from hybridize.transfer.expressions import Expression, Fresh, Stack, Take
 from hybridize.transfer.pairing import aligned_order, count_aligned
-
-
-@dataclass(frozen=True)
-class AttentionTensors:
-    """The teacher's projection weights in one layer: full names, and the rows meant where one holds several."""
-
-    q: Take
-    k: Take
-    v: Take
-    o: Take
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Full names of the tensors, each once."""
-        return tuple(dict.fromkeys(take.source for take in (self.q, self.k, self.v, self.o)))
 
 
 def fresh_expressions(spec: Mamba1Spec, initializer_range: float) -> dict[str, Expression]:
@@ -48,35 +32,34 @@ def fresh_expressions(spec: Mamba1Spec, initializer_range: float) -> dict[str, E
 
 
 def carry_attention(
-    geometry: AttentionGeometry,
     spec: Mamba1Spec,
-    names: AttentionTensors,
+    attention: AttentionTensors,
+    init: str,
     initializer_range: float,
-    aligned: bool,
     place: str,
 ) -> dict[str, Expression]:
     """The mixer's tensors with attention's weights carried over.
 
     Args:
-        geometry: of the teacher's attention.
         spec: resolved.
-        names: of the teacher's tensors.
+        attention: the teacher's tensors.
+        init: `published` leaves queries and output as they lie; the others permute them so that each scan head pairs
+            one slice (see `pairing`).
         initializer_range: standard deviation of the gate's rows.
-        aligned: permute queries and output so that each scan head pairs one slice (see `pairing`); else as
-            they lie.
         place: what to call the mixer in errors.
 
     Raises:
         ValueError: the mixer's sizes differ from attention's, or N does not divide the head width where
             aligned.
     """
+    geometry = attention.geometry
     _check_width(place, "d_inner", spec.d_inner, geometry.num_heads * geometry.head_dim, "query heads x head width")
     _check_width(place, "d_xb", spec.d_xb, geometry.num_kv_heads * geometry.head_dim, "key/value heads x head width")
     assert spec.d_inner is not None
     assert spec.d_xb is not None
     order: tuple[int, ...] | None = None
     why = ""
-    if aligned:
+    if init != "published":
         order = aligned_order(geometry, spec.state_size)
         num_slices = geometry.head_dim // spec.state_size
         why = f"in slices of {spec.state_size}, ordered by key/value head, slice and query head"
@@ -87,20 +70,20 @@ def carry_attention(
     tensors["in_proj.weight"] = Stack(
         (
             ("z", spec.d_inner, gate),
-            ("x", spec.d_xb, names.v),
-            ("B", spec.d_xb, names.k),
-            ("C", spec.d_inner, names.q.reorder(order, why)),
+            ("x", spec.d_xb, attention.v),
+            ("B", spec.d_xb, attention.k),
+            ("C", spec.d_inner, attention.q.reorder(order, why)),
         )
     )
-    tensors["out_proj.weight"] = Take(names.o.source, order, 1, why)
+    tensors["out_proj.weight"] = Take(attention.o.source, order, 1, why)
     return tensors
 
 
-def pairing_note(geometry: AttentionGeometry, spec: Mamba1Spec, aligned: bool) -> str:
+def pairing_note(spec: Mamba1Spec, geometry: AttentionGeometry, init: str) -> str:
     """How many scan heads pair a query slice with the same slice of the teacher's own key/value head."""
     if geometry.head_dim % spec.state_size:
         return f"no scan head is aligned: {spec.state_size} states cut across heads of width {geometry.head_dim}"
-    order = aligned_order(geometry, spec.state_size) if aligned else None
+    order = None if init == "published" else aligned_order(geometry, spec.state_size)
     count, total = count_aligned(geometry, spec.state_size, order)
     return f"{count} of {total} scan heads pair the same slice of query, key, value and output"
 

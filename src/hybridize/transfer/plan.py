@@ -2,21 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from hybridize.mixers import build_mixer
 from hybridize.models import Projection
-from hybridize.spec import AttentionGeometry, Mamba1Spec, MixerSpec
+from hybridize.spec import AttentionGeometry, MixerSpec
 from hybridize.spec.base import choose
+from hybridize.transfer.attention import AttentionTensors
 from hybridize.transfer.expressions import Expression, Take
-from hybridize.transfer.mamba1 import AttentionTensors, carry_attention, fresh_expressions, pairing_note
-
-InitName = Literal["aligned", "published", "random"]
-
-INITS: tuple[str, ...] = get_args(InitName)
+from hybridize.transfer.rules import INITS, RULES
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,7 @@ class TransferPlan:
         note: a remark on the transfer as a whole.
     """
 
-    spec: Mamba1Spec
+    spec: MixerSpec
     hidden_size: int
     initializer_range: float
     init: str
@@ -119,6 +115,7 @@ def plan_transfer(
     target: str = "self_attn.mixer",
     projections: Sequence[str | Projection] = ("q_proj", "k_proj", "v_proj", "o_proj"),
     norms: Sequence[str] = (),
+    norm_offset: float = 0.0,
     source_tensors: Sequence[str] | None = None,
     initializer_range: float = 0.02,
     place: str = "mixer",
@@ -128,15 +125,21 @@ def plan_transfer(
     Args:
         geometry: of the teacher's attention.
         spec: the mixer; open sizes are filled in from `geometry`.
-        init: `aligned` carries attention over with each scan head paired to one slice of one query head;
-            `published` as Mamba-in-Llama's public code does, rows as they lie; `random` carries nothing over.
+        init: what the mixer starts from.
+            `aligned`: attention's weights, each of the mixer's heads paired to one query head, or a slice of it,
+            with the key/value head that the teacher pairs it with; what attention lacks, as the constructor makes it.
+            `neutral`: `aligned`, with gates, decays and convolutions set so that the mixer is as near to linear
+            attention as its form allows.
+            `attention_gate`: `neutral`, with the output gate made of output projection and values.
+            `published`: as the mixer's public code does.
+            `random`: carry nothing over.
         source: full name of the attention module, before its tensors' names.
         target: full name of the mixer.
         projections: the query, key, value and output projections: their names within the attention module, or
-            `Projection`s where one module holds several. What biases they have is dropped.
-        norms: names of the norms of queries and keys within the attention module, which are dropped.
-        source_tensors: full names of all tensors of the attention module; default: the four projections'
-            weights.
+            `Projection`s where one module holds several.
+        norms: names of the norms of queries and keys within the attention module.
+        norm_offset: what the norms add to their weight.
+        source_tensors: full names of all tensors of the attention module; default: those that `geometry` implies.
         initializer_range: standard deviation of randomly initialised projections.
         place: what to call the mixer in errors.
 
@@ -145,23 +148,23 @@ def plan_transfer(
             nothing here accounts for.
     """
     choose("init", init, INITS)
-    if not isinstance(spec, Mamba1Spec):
+    rule = RULES.get(type(spec))
+    if rule is None:
         raise ValueError(f"{place}: a transfer makes a mixer, but the layer is to be {spec.type!r}; leave it out")
     spec = spec.resolve(geometry)
     parts = [Projection(part) if isinstance(part, str) else part for part in projections]
-    names = AttentionTensors(*(Take(f"{source}.{part.name}.weight", part.rows, why=_what(part)) for part in parts))
-    present = list(names.names if source_tensors is None else source_tensors)
+    attention = AttentionTensors.of(geometry, source, parts, norms, norm_offset)
+    known = (*attention.weights, *attention.biases, *attention.norms)
+    present = list(known if source_tensors is None else source_tensors)
     if init == "random":
-        expressions = fresh_expressions(spec, initializer_range)
+        expressions = rule.fresh_expressions(spec, initializer_range)
         dropped = dict.fromkeys(present, "since init 'random' carries nothing over")
         note = ""
     else:
-        lost = _lost(source, [part.name for part in parts], norms, spec)
-        dropped = {name: lost[name] for name in present if name in lost}
-        _check_sources(present, names.names, dropped, spec)
-        aligned = init == "aligned"
-        expressions = carry_attention(geometry, spec, names, initializer_range, aligned, place)
-        note = pairing_note(geometry, spec, aligned)
+        _check_sources(present, known, spec)
+        expressions = rule.carry_attention(spec, attention, init, initializer_range, place)
+        dropped = _left_over(attention, expressions, spec)
+        note = rule.pairing_note(spec, geometry, init)
     shapes = mixer_shapes(spec, geometry.hidden_size)
     if expressions.keys() != shapes.keys():
         unaccounted = sorted(expressions.keys() ^ shapes.keys())
@@ -179,40 +182,23 @@ def mixer_shapes(spec: MixerSpec, hidden_size: int) -> dict[str, tuple[int, ...]
     return {name: tuple(tensor.shape) for name, tensor in mixer.state_dict().items()}
 
 
-def _what(part: Projection) -> str:
-    """The rows of a projection in words, e.g. `32..47 (its values)`."""
-    if part.rows is None:
-        return ""
-    runs: list[list[int]] = []
-    for row in part.rows:
-        if runs and row == runs[-1][1] + 1:
-            runs[-1][1] = row
-        else:
-            runs.append([row, row])
-    spans = [f"{first}..{last}" for first, last in runs]
-    if len(spans) > 3:
-        spans = [spans[0], spans[1], "...", spans[-1]]
-    return f"{', '.join(spans)} (its {part.what})"
+def _left_over(attention: AttentionTensors, expressions: Mapping[str, Expression], spec: MixerSpec) -> dict[str, str]:
+    """The tensors of the attention that no expression uses, by full name, and why."""
+    used = {leaf.source for made in expressions.values() for leaf in made.leaves() if isinstance(leaf, Take)}
+    bias = f"since the {spec.type} mixer is to have no such bias"
+    norm = f"since the {spec.type} mixer is not to normalise what stands for queries and keys"
+    lost = dict.fromkeys(attention.biases, bias) | dict.fromkeys(attention.norms, norm)
+    return {name: why for name, why in lost.items() if name not in used}
 
 
-def _lost(source: str, projections: Sequence[str], norms: Sequence[str], spec: Mamba1Spec) -> dict[str, str]:
-    """The tensors that attention may have and a mixer cannot take over, by full name, and why."""
-    bias = f"since a {spec.type} mixer's projections have no bias"
-    norm = f"since a {spec.type} mixer does not normalise what stands for queries and keys"
-    lost = {f"{source}.{name}.bias": bias for name in projections}
-    return lost | {f"{source}.{name}.{kind}": norm for name in norms for kind in ("weight", "bias")}
-
-
-def _check_sources(
-    present: Sequence[str], weights: Sequence[str], dropped: Mapping[str, str], spec: Mamba1Spec
-) -> None:
-    homeless = [name for name in present if name not in weights and name not in dropped]
+def _check_sources(present: Sequence[str], known: Sequence[str], spec: MixerSpec) -> None:
+    homeless = [name for name in present if name not in known]
     if homeless:
         raise ValueError(
             f"{', '.join(homeless)}: a {spec.type} mixer has no place for these tensors of the teacher's "
             "attention; leave the layer attention, or use init 'random'"
         )
-    absent = [name for name in weights if name not in present]
+    absent = [name for name in known if name not in present]
     if absent:
         raise ValueError(
             f"{', '.join(absent)}: not among the teacher's tensors; check the names in hybridize/models/families.py"

@@ -39,8 +39,11 @@ def run_convert(stage: ConvertStage, job: Job, folder: Path) -> dict[str, Any]:
 
     teacher = load_teacher(job.teacher)
     source = teacher if stage.model == TEACHER else job.load_model(stage.model)
-    layers = chosen_layers(stage, job)
-    layout = layout_of(source.config).with_replaced(layers, stage.mixer, f"{stage.name}.layers")
+    before = layout_of(source.config)
+    layout = stage.whole_layout
+    if layout is None:
+        layout = before.with_replaced(chosen_layers(stage, job), stage.mixer, f"{stage.name}.layers")
+    layers = tuple(layer for layer in layout.replaced if layer not in before.replaced)
     hybrid, plan = convert(source, layout, stage.init, stage.seed, share=True)
     write_whole(folder / PLAN_FILE, f"{plan}\n")
     hybrid.save_pretrained(folder)

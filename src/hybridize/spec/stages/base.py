@@ -8,7 +8,7 @@ from hybridize.spec.base import Spec
 from hybridize.spec.data import DataSpec, TracesDataSpec
 from hybridize.spec.mixers import Mamba1Spec, MixerSpec, parse_mixer
 
-Init = Literal["aligned", "published", "random"]
+Init = Literal["aligned", "neutral", "attention_gate", "published", "random"]
 Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
 Schedule = Literal["cosine", "constant", "linear"]
 
@@ -33,7 +33,12 @@ class StageSpec(Spec):
 
 
 class MixedStage(StageSpec):
-    """A stage that puts a mixer somewhere."""
+    """A stage that puts a mixer somewhere.
+
+    Attributes:
+        mixer: by its name, or as a mapping with its sizes.
+        init: how it starts from the attention that it replaces (see `hybridize.transfer.plan_transfer`).
+    """
 
     mixer: MixerSpec = Field(default_factory=Mamba1Spec)
     init: Init = "aligned"

@@ -4,18 +4,23 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from hybridize.spec.mixers import AttentionSpec, Mamba1Spec
+from hybridize.spec.layout import LayoutSpec
+from hybridize.spec.mixers import AttentionSpec, MixerSpec, parse_mixer
 from hybridize.spec.stages.base import TEACHER, MixedStage
 
 
 class ConvertStage(MixedStage):
-    """Replace attention layers of a model by a mixer.
+    """Replace attention layers of a model by a mixer, or by several kinds.
 
     Attributes:
         model: the teacher, or a stage that made a hybrid of which further layers are to be replaced.
-        layers: the layers to replace now; or else
+        layers: the layers to replace now by `mixer`; or else
         ranking: the rank stage whose least important ones to replace, and
-        num_layers: how many of them.
+        num_layers: how many of them; or else
+        layout: what every layer is to be: one letter a layer, e.g. `aamgaaaa`, or a list of mixers. Layers that are not
+            attention already stay as they are.
+        blocks: what letters of the layout stand for, where it is not their kind's default, e.g.
+            `{m: {type: mamba1, state_size: 32}}`.
         seed: of what is drawn at random.
     """
 
@@ -24,22 +29,70 @@ class ConvertStage(MixedStage):
     layers: tuple[int, ...] | None = None
     ranking: str | None = None
     num_layers: int | None = Field(default=None, gt=0)
+    layout: str | tuple[MixerSpec, ...] | None = None
+    blocks: dict[str, MixerSpec] = Field(default_factory=dict)
     seed: int = 0
 
     @field_validator("mixer")
     @classmethod
-    def _not_attention(cls, value: AttentionSpec | Mamba1Spec) -> AttentionSpec | Mamba1Spec:
+    def _not_attention(cls, value: MixerSpec) -> MixerSpec:
         if isinstance(value, AttentionSpec):
             raise ValueError("a layer is converted to a mixer other than attention; use mamba1")
         return value
 
+    @field_validator("layout", mode="before")
+    @classmethod
+    def _layers_by_name(cls, value: object) -> object:
+        if isinstance(value, list | tuple):
+            return tuple(parse_mixer(item) if isinstance(item, str) else item for item in value)
+        return value
+
+    @field_validator("blocks", mode="before")
+    @classmethod
+    def _blocks_by_name(cls, value: object) -> object:
+        if isinstance(value, dict):
+            return {name: parse_mixer(item) if isinstance(item, str) else item for name, item in value.items()}
+        return value
+
     @model_validator(mode="after")
     def _one_choice(self) -> Self:
-        if (self.layers is None) == (self.ranking is None):
-            raise ValueError("give either layers, or ranking and num_layers")
+        if [self.layers is None, self.ranking is None, self.layout is None].count(False) != 1:
+            raise ValueError("give either layers, or ranking and num_layers, or layout")
         if (self.ranking is None) != (self.num_layers is None):
             raise ValueError("ranking and num_layers go together; give both or neither")
+        if self.layout is not None and "mixer" in self.model_fields_set:
+            raise ValueError("mixer: the layout says what every layer becomes; remove mixer")
+        if self.blocks and not isinstance(self.layout, str):
+            raise ValueError("blocks: they say what letters of a layout mean; give a layout of letters")
+        if isinstance(self.layout, str):
+            LayoutSpec.read(self.layout, self.blocks)
         return self
+
+    @property
+    def whole_layout(self) -> LayoutSpec | None:
+        """What every layer is to be, where that is said; sizes may be open."""
+        if self.layout is None:
+            return None
+        return (
+            LayoutSpec.read(self.layout, self.blocks)
+            if isinstance(self.layout, str)
+            else LayoutSpec(layers=self.layout)
+        )
+
+    @property
+    def made(self) -> tuple[MixerSpec, ...]:
+        """The mixers that replace attention; of a whole layout all, those that were there before included."""
+        layout = self.whole_layout
+        if layout is not None:
+            return tuple(layout.layers[layer] for layer in layout.replaced)
+        return (self.mixer,) * (len(self.layers or ()) or self.num_layers or 0)
+
+    @property
+    def made_of(self) -> str:
+        """The kinds of mixers that replace attention, in words, e.g. `mamba1` or `2 mamba1, 3 identity`."""
+        kinds = [mixer.type for mixer in self.made] or [self.mixer.type]
+        counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+        return kinds[0] if len(counts) == 1 else ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -1,0 +1,166 @@
+"""The short causal depthwise convolution before a recurrence, on packed documents, with its window as state.
+
+    y_t = SiLU(bias + Σ_k weight_k ⊙ x_{t-K+1+k}),   x_s = 0 before the first token of t's document
+
+Legend: B batch, L length, X channels of the input, D channels of the output, K taps. D = X, unless blocks of the
+input's channels are repeated before the convolution, as Mamba-1 with grouped x does (arXiv 2511.02651).
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, silu
+
+from hybridize.ops.causal_conv.reference import causal_conv_reference
+from hybridize.ops.causal_conv.shifted import causal_conv_shifted, with_window
+
+__all__ = ["BACKENDS", "causal_conv", "causal_conv_step"]
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "reference": causal_conv_reference,
+    "shifted": causal_conv_shifted,
+}
+
+
+def causal_conv(
+    x_BLX: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None = None,
+    *,
+    activation: Literal["silu"] | None = "silu",
+    repeat: tuple[int, int] | None = None,
+    starts_BL: Tensor | None = None,
+    window_BDK: Tensor | None = None,
+    return_window: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Convolve each channel with its own K taps, causally, within documents.
+
+    Sums are in fp32, in fp64 if x is. Every tensor but `starts_BL` gets its gradient (once).
+
+    Args:
+        x_BLX: inputs, [B, L, X]; fp64, fp32, bf16 or fp16; any strides.
+        weight_DK: taps, [D, K], oldest first; the last one meets the token itself.
+        bias_D: added to the sum, [D].
+        activation: "silu" or None.
+        repeat: (width, times): each block of `width` input channels is repeated `times` in a row, so that
+            D = X times; None: D = X.
+        starts_BL: bool, True at the first token of each document, [B, L]: no tap reaches from such a token or
+            after it to before it, nor into the window. None: one document, going on from the window.
+        window_BDK: the K inputs before the first token, [B, D, K], oldest first; zeros by default.
+        return_window: whether to return the last K inputs.
+        backend: `reference`, `shifted`, `triton`, or None to pick by device.
+
+    Returns:
+        y [B, L, D] in x's dtype, and the window after the last token, [B, D, K] in x's dtype, zero where there were
+        no inputs or inputs of another document; or None.
+
+    Raises:
+        ValueError: a shape, a dtype or an option does not fit; names the argument, the value, the remedy.
+    """
+    times = _check(x_BLX.shape, weight_DK, bias_D, activation, repeat)
+    if x_BLX.ndim != 3:
+        raise ValueError(f"x_BLX: shape {tuple(x_BLX.shape)}; pass [batch, length, channels]")
+    if starts_BL is not None and (starts_BL.dtype != torch.bool or starts_BL.shape != x_BLX.shape[:2]):
+        got = f"{starts_BL.dtype} of shape {tuple(starts_BL.shape)}"
+        raise ValueError(f"starts_BL: {got}; pass a bool tensor of shape {list(x_BLX.shape[:2])}")
+    _check_window(window_BDK, (x_BLX.shape[0], *weight_DK.shape))
+    if backend is None:
+        backend = "shifted"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r} is unknown; use one of {', '.join(BACKENDS)}, or None")
+    blocks = (x_BLX.shape[-1] // times if repeat is None else repeat[0], times)
+    y_BLD = BACKENDS[backend](
+        x_BLX,
+        weight_DK,
+        bias_D,
+        activation=activation,
+        repeat=blocks,
+        starts_BL=starts_BL,
+        window_BDK=window_BDK,
+    )
+    if not return_window:
+        return y_BLD, None
+    return y_BLD, _last_window(x_BLX, window_BDK, starts_BL, weight_DK.shape[1], blocks)
+
+
+def causal_conv_step(
+    window_BDK: Tensor,
+    x_BX: Tensor,
+    weight_DK: Tensor,
+    bias_D: Tensor | None = None,
+    activation: Literal["silu"] | None = "silu",
+    *,
+    repeat: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Convolve one token per sequence.
+
+    Args:
+        window_BDK: the K inputs before the token, [B, D, K], oldest first; left as it is.
+        x_BX: the token's input, [B, X].
+        weight_DK: taps, [D, K].
+        bias_D: added to the sum, [D].
+        activation: "silu" or None.
+        repeat: as for `causal_conv`.
+
+    Returns:
+        y [B, D] in x's dtype, and the window with the token in it, [B, D, K] in x's dtype.
+
+    Raises:
+        ValueError: a shape or an option does not fit; names the argument, the value, the remedy.
+    """
+    times = _check(x_BX.shape, weight_DK, bias_D, activation, repeat)
+    _check_window(window_BDK, (x_BX.shape[0], *weight_DK.shape))
+    dtype = torch.promote_types(x_BX.dtype, torch.float32)
+    x_BD = x_BX if repeat is None else _repeat(x_BX, (repeat[0], times))
+    window_BDK = torch.cat([window_BDK[..., 1:].to(x_BX.dtype), x_BD.unsqueeze(-1)], dim=-1)
+    y_BD = (window_BDK * weight_DK.to(dtype)).sum(dim=-1)
+    if bias_D is not None:
+        y_BD = y_BD + bias_D.to(dtype)
+    return (silu(y_BD) if activation == "silu" else y_BD).to(x_BX.dtype), window_BDK
+
+
+def _repeat(x: Tensor, repeat: tuple[int, int]) -> Tensor:
+    """Repeat blocks of the last axis: [..., X] -> [..., D]."""
+    width, times = repeat
+    return x.unflatten(-1, (-1, width)).repeat_interleave(times, dim=-2).flatten(-2)
+
+
+def _last_window(
+    x_BLX: Tensor, window_BDK: Tensor | None, starts_BL: Tensor | None, num_taps: int, repeat: tuple[int, int]
+) -> Tensor:
+    last_BKX = with_window(x_BLX[:, -num_taps:], window_BDK, num_taps, repeat)[:, -num_taps:]
+    if starts_BL is not None:
+        # An input counts if no document starts after it.
+        starts_BK = pad(starts_BL[:, -num_taps:], (num_taps, 0))[:, -num_taps:].long()
+        later_BK = starts_BK.flip(1).cumsum(dim=1).flip(1) - starts_BK
+        last_BKX = last_BKX.masked_fill((later_BK > 0).unsqueeze(-1), 0.0)
+    return _repeat(last_BKX, repeat).transpose(1, 2).contiguous()
+
+
+def _check(
+    x_shape: torch.Size,
+    weight_DK: Tensor,
+    bias_D: Tensor | None,
+    activation: str | None,
+    repeat: tuple[int, int] | None,
+) -> int:
+    """Check what both forms take; return how often each channel is repeated."""
+    width, times = repeat or (1, 1)
+    if width < 1 or times < 1 or x_shape[-1] % width:
+        raise ValueError(f"repeat: {repeat} does not cut {x_shape[-1]} channels into blocks; use a divisor as width")
+    if weight_DK.ndim != 2 or weight_DK.shape[0] != x_shape[-1] * times or not weight_DK.shape[1]:
+        expected = f"[{x_shape[-1] * times}, taps]"
+        raise ValueError(f"weight_DK: shape {tuple(weight_DK.shape)}; pass {expected}, to go with x and repeat")
+    if bias_D is not None and bias_D.shape != weight_DK.shape[:1]:
+        raise ValueError(f"bias_D: shape {tuple(bias_D.shape)}; pass [{weight_DK.shape[0]}], to go with the taps")
+    if activation not in ("silu", None):
+        raise ValueError(f"activation: {activation!r} is unknown; use 'silu' or None")
+    return times
+
+
+def _check_window(window_BDK: Tensor | None, shape: tuple[int, ...]) -> None:
+    if window_BDK is not None and tuple(window_BDK.shape) != shape:
+        raise ValueError(f"window_BDK: shape {tuple(window_BDK.shape)}; pass {list(shape)}, to go with x and the taps")
