@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from hybridize.spec import AttentionGeometry, AttentionSpec, LayoutSpec, Mamba1Spec
+from hybridize.spec import AttentionGeometry, AttentionSpec, IdentitySpec, LayoutSpec, Mamba1Spec, Mamba2Spec
 
 MIXER = Mamba1Spec(state_size=8)
 GEOMETRY = AttentionGeometry(hidden_size=40, num_heads=4, num_kv_heads=2, head_dim=16)
@@ -31,7 +31,7 @@ def test_a_layer_that_is_not_there_or_there_twice_is_named(layers, message):
 
 def test_resolving_fills_in_every_mixer():
     layout = LayoutSpec.replace(3, [1], MIXER).resolve(GEOMETRY)
-    assert layout.layers[1] == Mamba1Spec(state_size=8, d_inner=64, d_xb=32, dt_rank=3)
+    assert layout.layers[1] == Mamba1Spec(state_size=8, d_inner=64, d_xb=32, dt_rank=3).resolve(GEOMETRY)
     assert layout.layers[0] == AttentionSpec()
     assert layout.resolve(GEOMETRY) == layout
 
@@ -43,3 +43,36 @@ def test_a_layout_survives_plain_data_and_is_frozen():
         layout.layers = ()
     with pytest.raises(ValidationError):
         LayoutSpec(layers=())
+
+
+def test_a_layout_is_read_from_letters_and_written_as_them():
+    layout = LayoutSpec.read("aam2gksi")
+    assert [mixer.type for mixer in layout.layers] == [
+        "attention",
+        "attention",
+        "mamba1",
+        "mamba2",
+        "gated_delta_net",
+        "kimi_delta_attention",
+        "sliding_window",
+        "identity",
+    ]
+    assert str(layout) == "aam2gksi"
+
+
+def test_blocks_say_what_letters_stand_for():
+    layout = LayoutSpec.read("axmx", {"x": Mamba2Spec(state_size=8)})
+    assert layout.layers == (AttentionSpec(), Mamba2Spec(state_size=8), Mamba1Spec(), Mamba2Spec(state_size=8))
+
+
+@pytest.mark.parametrize(
+    ("word", "blocks", "message"),
+    [
+        ("amz", {}, r"layout\[2\]: 'z' stands for nothing; use a \(attention\), m \(mamba1\), .*, or add a block"),
+        ("am", {"x": IdentitySpec()}, "blocks: the layout 'am' has no 'x'; use the block or remove it"),
+        ("am", {"xy": IdentitySpec()}, "blocks: 'xy' is not one letter"),
+    ],
+)
+def test_a_layout_that_does_not_read_is_named(word, blocks, message):
+    with pytest.raises(ValueError, match=message):
+        LayoutSpec.read(word, blocks)

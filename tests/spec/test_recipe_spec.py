@@ -65,11 +65,15 @@ ONE_FAULT = {
     "key like a kind": ([{**RANK, "report": 3}], "recipe.stages[0].report: unknown key; did you mean 'repeats'?"),
     "mixer": (
         [{**RANK, "mixer": "mamba"}],
-        "recipe.stages[0].mixer: 'mamba' is unknown; use one of attention, mamba1; did you mean 'mamba1'?",
+        "recipe.stages[0].mixer: 'mamba' is unknown; use one of "
+        "attention, mamba1, mamba2, gated_delta_net, kimi_delta_attention, sliding_window, identity; "
+        "did you mean 'mamba2'?",
     ),
     "mixer type": (
         [{**RANK, "mixer": {"type": "mamba"}}],
-        "recipe.stages[0].mixer.type: 'mamba' is unknown; use one of attention, mamba1; did you mean 'mamba1'?",
+        "recipe.stages[0].mixer.type: 'mamba' is unknown; use one of "
+        "attention, mamba1, mamba2, gated_delta_net, kimi_delta_attention, sliding_window, identity; "
+        "did you mean 'mamba2'?",
     ),
     "mixer size": (
         [{**RANK, "mixer": {"type": "mamba1", "d_inner": 7}}],
@@ -82,11 +86,11 @@ ONE_FAULT = {
     ),
     "no choice": (
         [{"kind": "convert"}],
-        "recipe.stages[0]: give either layers, or ranking and num_layers",
+        "recipe.stages[0]: give either layers, or ranking and num_layers, or layout",
     ),
     "two choices": (
         [RANK, {**CONVERT, "ranking": "rank", "num_layers": 2}],
-        "recipe.stages[1]: give either layers, or ranking and num_layers",
+        "recipe.stages[1]: give either layers, or ranking and num_layers, or layout",
     ),
     "how many": (
         [RANK, {"kind": "convert", "ranking": "rank"}],

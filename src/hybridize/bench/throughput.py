@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from hybridize.models import cache_bytes, find_family, layout_of
+from hybridize.models import cache_bytes, sequence_bytes
 
 
 def measure_throughput(
@@ -123,15 +123,9 @@ def _device_name(device: torch.device) -> str:
 
 def _memory(model: Any, length: int) -> dict[str, int]:
     """Bytes of a sequence's cache."""
-    config = model.config
-    kv_per_token, state = cache_bytes(config, model.dtype)
-    types = find_family(config.model_type).attention_types(config)
-    replaced = layout_of(config).replaced
-    kinds = [kind for layer, kind in enumerate(types) if layer not in replaced]
-    window = getattr(config, "sliding_window", None) or length
-    kept = sum(min(length, window) if kind == "sliding_attention" else length for kind in kinds)
+    kv_per_token, state = cache_bytes(model.config, model.dtype)
     return {
         "kv_bytes_per_token": kv_per_token,
         "state_bytes_per_sequence": state,
-        "cache_bytes_per_sequence": state + (kv_per_token // len(kinds) * kept if kinds else 0),
+        "cache_bytes_per_sequence": sequence_bytes(model.config, model.dtype, length),
     }

@@ -11,7 +11,6 @@ KL(q ‖ p): the two additional sums cancel (Σp = Σq = 1) and with them the er
 divergence keeps its digits.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -56,7 +55,7 @@ def divergence_rows(
     stride = student_logits_CV.stride(0)
     for rows in (student_logits_CV, teacher_logits_CV, gradient_CV):
         assert rows is None or (rows.shape == (num_rows, num_words) and rows.stride() == (stride, 1))
-    assert stride % ROW_ALIGNMENT == 0 and stride >= num_words
+    assert stride % ROW_ALIGNMENT == 0
     words = triton.next_power_of_2(num_words)
     _divergence_kernel[(num_rows,)](
         student_logits_CV,
@@ -105,7 +104,7 @@ def _tempered(row_ptr, bias_ptr, word, stride, num_words, scale, cap, inverse_te
 
 @triton.jit
 def _fold(x, top, total):
-    """Take x into running sums of exponentials with one exponential: the rescaling of the old, the weight of the new."""
+    """Take x into a running sum of exponentials: one exponential is the factor of the old sum or that of x."""
     e = tl.exp(-tl.abs(x - top))
     above = x > top
     old, new = tl.where(above, e, 1.0), tl.where(above, 1.0, e)
@@ -114,7 +113,7 @@ def _fold(x, top, total):
 
 @triton.jit
 def _excess(r):
-    """r − 1 + e^−r for |r| < 1/4, to 4e-7 of itself."""
+    """The series of r − 1 + e^−r for |r| < 1/4, to 4e-7 of itself."""
     return r * r * (1 / 2 + r * (-1 / 6 + r * (1 / 24 + r * (-1 / 120 + r * (1 / 720)))))
 
 

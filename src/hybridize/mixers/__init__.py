@@ -5,14 +5,32 @@ Each is one `Mixer` over the recurrences of `hybridize.ops`, built from a resolv
 """
 
 from hybridize.mixers.base import Mixer, MixerState
+from hybridize.mixers.gated_delta_net import GatedDeltaNetMixer
+from hybridize.mixers.identity import IdentityMixer
+from hybridize.mixers.kimi_delta_attention import KimiDeltaAttentionMixer
 from hybridize.mixers.mamba1 import Mamba1Mixer
+from hybridize.mixers.mamba2 import Mamba2Mixer
 from hybridize.spec.base import Spec
-from hybridize.spec.mixers import Mamba1Spec
+from hybridize.spec.mixers import GatedDeltaNetSpec, IdentitySpec, KimiDeltaAttentionSpec, Mamba1Spec, Mamba2Spec
 
-__all__ = ["MIXERS", "Mamba1Mixer", "Mixer", "MixerState", "build_mixer"]
+__all__ = [
+    "MIXERS",
+    "GatedDeltaNetMixer",
+    "IdentityMixer",
+    "KimiDeltaAttentionMixer",
+    "Mamba1Mixer",
+    "Mamba2Mixer",
+    "Mixer",
+    "MixerState",
+    "build_mixer",
+]
 
 MIXERS: dict[type[Spec], type[Mixer]] = {
+    GatedDeltaNetSpec: GatedDeltaNetMixer,
+    IdentitySpec: IdentityMixer,
+    KimiDeltaAttentionSpec: KimiDeltaAttentionMixer,
     Mamba1Spec: Mamba1Mixer,
+    Mamba2Spec: Mamba2Mixer,
 }
 
 
@@ -25,8 +43,8 @@ def build_mixer(spec: Spec, hidden_size: int, *, initializer_range: float = 0.02
         initializer_range: standard deviation of the linear layers' initial weights.
 
     Raises:
-        ValueError: no mixer goes with the spec (attention stays the teacher's own module), or the spec is not
-            resolved.
+        ValueError: no mixer goes with the spec (attention, windowed or not, stays the teacher's own module), or
+            the spec is not resolved.
     """
     mixer = MIXERS.get(type(spec))
     if mixer is None:

@@ -51,12 +51,13 @@ class Mixer(nn.Module, ABC):
             return_state: whether to return the state after the last token.
 
         Returns:
-            Outputs [B, L, E] (meaningless at padding), and the new state or None; `state` is left as it is.
+            Outputs [B, L, E] (meaningless at padding), and the new state or None; `state` is left as it is. A mixer
+            that remembers nothing never returns a state.
         """
 
     @abstractmethod
     def state_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of each tensor of the state, by its name in `MixerState`."""
+        """Return the shape of each tensor of the state, by its name in `MixerState`; {} for a mixer without one."""
 
     @abstractmethod
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -64,6 +65,6 @@ class Mixer(nn.Module, ABC):
 
     def state_bytes(self, dtype: torch.dtype, batch_size: int = 1) -> int:
         """Return the bytes of a state: convolution inputs in `dtype`, the recurrence in fp32."""
+        itemsizes = {"conv": dtype.itemsize, "ssm": torch.float32.itemsize}
         shapes = self.state_shapes(batch_size)
-        numel = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-        return numel["conv"] * dtype.itemsize + numel["ssm"] * torch.float32.itemsize
+        return sum(torch.Size(shape).numel() * itemsizes[name] for name, shape in shapes.items())

@@ -1,7 +1,8 @@
 """The paper's mixer: Mamba-1 with per-head B and C and grouped x and B (arXiv 2511.02651, 2312.00752).
 
 Tensor names and row orders are those of the published checkpoints. A, D, the step-size bias and the state are
-used in fp32 whatever the module's dtype.
+used in fp32 whatever the module's dtype. Biases and norms of queries and keys, here C and B, are there where the spec
+has them.
 
 Legend: B batch, L length, E hidden size, D channels (d_inner), N states per channel, H heads of N channels,
 G groups of heads, X = G N channels before they are repeated to D, K convolution taps.
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from hybridize.mixers.base import Mixer, MixerState
+from hybridize.mixers.norms import BlockRMSNorm
 from hybridize.ops.causal_conv import causal_conv, causal_conv_step
 from hybridize.ops.selective_scan import selective_scan, selective_scan_step
 from hybridize.spec.mixers import Mamba1Spec
@@ -24,6 +26,10 @@ _NO_STEP = -1e4
 
 class Mamba1Mixer(Mixer):
     """Mamba-1 as a drop-in for an attention module.
+
+    Its parameters: `in_proj.weight`, rows z | x | B | C; `dt_in_proj` and `dt_proj`, the step size's; `conv1d` over x,
+    repeated for heads; `A_log`, `D`; `out_proj`; and as the spec has it, `qkv_bias` over x | B | C, `gate_bias`,
+    `q_norm.weight` for C, `k_norm.weight` for B, `out_proj.bias`.
 
     Args:
         spec: a resolved spec.
@@ -49,7 +55,14 @@ class Mamba1Mixer(Mixer):
         self.conv1d = nn.Conv1d(spec.d_inner, spec.d_inner, spec.conv_kernel, groups=spec.d_inner)
         self.A_log = nn.Parameter(torch.empty(spec.d_inner, spec.state_size))
         self.D = nn.Parameter(torch.empty(spec.d_inner))
-        self.out_proj = nn.Linear(spec.d_inner, hidden_size, bias=False)
+        self.qkv_bias = nn.Parameter(torch.empty(2 * spec.d_xb + spec.d_inner)) if spec.qkv_bias else None
+        self.gate_bias = nn.Parameter(torch.empty(spec.d_inner)) if spec.gate_bias else None
+        self.k_norm = self.q_norm = None
+        if spec.qk_norm in ("head", "width"):
+            assert spec.norm_eps is not None, "resolve the spec first"
+            spans = (spec.state_size, spec.state_size) if spec.qk_norm == "head" else (spec.d_xb, spec.d_inner)
+            self.k_norm, self.q_norm = (BlockRMSNorm(span, span, spec.norm_eps) for span in spans)
+        self.out_proj = nn.Linear(spec.d_inner, hidden_size, bias=bool(spec.output_bias))
         for parameter in (self.A_log, self.D, self.dt_proj.bias):
             parameter._no_weight_decay = True
         self.reset_parameters()
@@ -77,6 +90,12 @@ class Mamba1Mixer(Mixer):
         states = torch.arange(1, self.num_states + 1, dtype=torch.float32, device=self.A_log.device)
         self.A_log.copy_(states.log().expand_as(self.A_log))
         self.D.fill_(1.0)
+        for bias in (self.qkv_bias, self.gate_bias, self.out_proj.bias):
+            if bias is not None:
+                bias.zero_()
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
 
     def state_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor of the state."""
@@ -104,11 +123,12 @@ class Mamba1Mixer(Mixer):
         self._check(hidden_BLE, starts_BL, valid_BL, state)
         if valid_BL is not None:
             hidden_BLE = hidden_BLE.masked_fill(~valid_BL.unsqueeze(-1), 0.0)
-        widths = [self.d_inner, self.d_xb, self.d_xb, self.d_inner]
-        z_BLD, x_BLX, B_BLX, C_BLD = self.in_proj(hidden_BLE).split(widths, dim=-1)
+        z_BLD, x_BLX, B_BLX, C_BLD = self._project(hidden_BLE)
         dt_BLD = linear(self.dt_in_proj(hidden_BLE), self.dt_proj.weight)
         if valid_BL is not None:
             dt_BLD = dt_BLD.masked_fill(~valid_BL.unsqueeze(-1), _NO_STEP)
+            if self.qkv_bias is not None:  # it makes something of nothing
+                x_BLX = x_BLX.masked_fill(~valid_BL.unsqueeze(-1), 0.0)
         B_BLGN = B_BLX.unflatten(-1, (self.num_groups, self.num_states))
         C_BLHN = C_BLD.unflatten(-1, (self.num_heads, self.num_states))
         bias_scale = 2.0 if self.spec.dt_bias_mode == "double" else 1.0
@@ -164,6 +184,18 @@ class Mamba1Mixer(Mixer):
         if window is None or ssm is None:
             return out_BLE, None
         return out_BLE, MixerState(window, ssm)
+
+    def _project(self, hidden_BLE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gate z [B, L, D], x and B [B, L, X], C [B, L, D]; with their biases and norms, if any."""
+        z_BLD, inner_BLW = self.in_proj(hidden_BLE).split([self.d_inner, 2 * self.d_xb + self.d_inner], dim=-1)
+        if self.gate_bias is not None:
+            z_BLD = z_BLD + self.gate_bias.to(z_BLD.dtype)
+        if self.qkv_bias is not None:
+            inner_BLW = inner_BLW + self.qkv_bias.to(inner_BLW.dtype)
+        x_BLX, B_BLX, C_BLD = inner_BLW.split([self.d_xb, self.d_xb, self.d_inner], dim=-1)
+        if self.q_norm is not None and self.k_norm is not None:
+            B_BLX, C_BLD = self.k_norm(B_BLX), self.q_norm(C_BLD)
+        return z_BLD, x_BLX, B_BLX, C_BLD
 
     def _check(
         self, hidden_BLE: Tensor, starts_BL: Tensor | None, valid_BL: Tensor | None, state: MixerState | None

@@ -19,7 +19,7 @@ from hybridize.models.families import (
 )
 
 if TYPE_CHECKING:
-    from hybridize.models.accounting import CacheBytes, cache_bytes
+    from hybridize.models.accounting import CacheBytes, cache_bytes, sequence_bytes
     from hybridize.models.adapter import MixerLayer
     from hybridize.models.checkpoint import check_output, load_model, load_teacher, save_hybrid
     from hybridize.models.configs import hybrid_config_class
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "CacheBytes": "accounting",
     "cache_bytes": "accounting",
+    "sequence_bytes": "accounting",
     "MixerLayer": "adapter",
     "check_output": "checkpoint",
     "load_model": "checkpoint",
@@ -65,6 +66,7 @@ __all__ = [
     "logit_rule_of",
     "resolve_layout",
     "save_hybrid",
+    "sequence_bytes",
     "swap_layer",
 ]
 

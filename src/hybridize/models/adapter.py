@@ -10,9 +10,15 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from hybridize.mixers import MixerState, build_mixer
 from hybridize.spec import MixerSpec
 
-# Parameters of a mixer that stay fp32 in a half-precision model, as patterns on tensors' names: a decay or a
-# step size rounded to 8 bits would be off by up to a percent at every token.
-FP32_PATTERNS = (r"\.mixer\.A_log$", r"\.mixer\.D$", r"\.mixer\.dt_proj\.bias$")
+# Parameters of a mixer or a window that stay fp32 in a half-precision model, as patterns on tensors' names: a decay
+# or a step size rounded to 8 bits would be off by up to a percent at every token, and a logit by as much.
+FP32_PATTERNS = (
+    r"\.mixer\.A_log$",
+    r"\.mixer\.D$",
+    r"\.mixer\.dt_bias$",
+    r"\.mixer\.dt_proj\.bias$",
+    r"\.sink$",
+)
 
 
 class MixerLayer(nn.Module):
@@ -88,14 +94,15 @@ class MixerLayer(nn.Module):
                 f"{type(layer).__name__} for it; make the cache with DynamicCache(config=model.config)"
             )
         if not layer.has_previous_state[0]:
-            return None  # nothing seen yet, or the cache was reset
+            return None  # nothing seen yet, or the cache was reset; or the mixer remembers nothing
         return MixerState(conv=layer.conv_states[0], ssm=layer.recurrent_states[0])
 
-    def _write(self, cache: Any, state: MixerState, hidden_states: Tensor) -> None:
-        # The cache appends what it is given to its window and keeps the last K taps. The mixer gives a whole
-        # window of K taps, so the window is replaced.
-        cache.update_conv_state(state.conv, self.layer_idx)
-        cache.update_recurrent_state(state.ssm, self.layer_idx)
+    def _write(self, cache: Any, state: MixerState | None, hidden_states: Tensor) -> None:
+        if state is not None:
+            # The cache appends what it is given to its window and keeps the last K taps. The mixer gives a whole
+            # window of K taps, so the window is replaced.
+            cache.update_conv_state(state.conv, self.layer_idx)
+            cache.update_recurrent_state(state.ssm, self.layer_idx)
         if isinstance(cache.layers[self.layer_idx], CacheLayerMixin):
             # transformers counts the tokens seen in this layer: let it, in a key of width 1.
             tick = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)

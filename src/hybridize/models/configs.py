@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from hybridize import _register
 from hybridize.models.families import FAMILIES, ModelFamily, find_family
-from hybridize.spec import AttentionSpec, LayoutSpec, parse_mixer
+from hybridize.spec import AttentionSpec, LayoutSpec, SlidingWindowSpec, parse_mixer
 from hybridize.spec.base import Spec
 
 LINEAR = "linear_attention"
@@ -15,14 +15,19 @@ CLOCK = "hybrid"
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 
+# By this name transformers' attention modules find the function of sliding-window layers (see `models.window`).
+WINDOW_ATTENTION = "hybridize_window"
+
 
 class HybridConfigMixin:
     """What makes a family's config a hybrid's: the field `mixers`, one resolved mixer spec per layer.
 
-    `mixers` is a list of plain dicts, e.g. `{"type": "attention"}` or `{"type": "mamba1", "d_inner": 4096,
-    ...}`; `None` means attention everywhere. `attention_types` is the kind of every layer's attention in the
-    teacher, such as Gemma's sliding and full attention in turns, replaced layers included. `layer_types`
-    follows from both: it is what transformers' `DynamicCache` reads to give every layer the cache it needs.
+    `mixers` is a list of plain dicts, e.g. `{"type": "attention"}`, `{"type": "mamba1", "d_inner": 4096, ...}` or
+    `{"type": "sliding_window", "window": 512, "sink": true}`; `None` means attention everywhere.
+    `attention_types` is the kind of every layer's attention in the teacher, such as Gemma's sliding and full
+    attention in turns, replaced layers included. `layer_types` follows from both: it is what transformers'
+    `DynamicCache` reads to give every layer the cache it needs. A sliding window is attention still, and keeps the
+    teacher's kind there; it makes its cache as small as its window when it first meets it.
     """
 
     model_type: ClassVar[str]
@@ -53,8 +58,13 @@ class HybridConfigMixin:
 
     @property
     def has_mixers(self) -> bool:
-        """Whether any layer is not attention."""
+        """Whether any layer is not the teacher's attention as it was."""
         return any(mixer["type"] != "attention" for mixer in self.mixers or ())
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether any layer is sliding-window attention."""
+        return any(mixer["type"] == "sliding_window" for mixer in self.mixers or ())
 
     @property
     def _rope_type_labels(self) -> list[str] | None:
@@ -65,7 +75,9 @@ class HybridConfigMixin:
         """Replace the mixers; `layout` must be resolved and as long as the model."""
         self.mixers = [mixer.model_dump() for mixer in layout.layers]
         types = self.attention_types or []
-        replaced = layout.replaced
+        # A sliding window is still attention, of the teacher's kind: it asks for that kind's masks and cache.
+        kept = (AttentionSpec, SlidingWindowSpec)
+        replaced = [layer for layer, mixer in enumerate(layout.layers) if not isinstance(mixer, kept)]
         self.layer_types = [LINEAR if layer in replaced else kind for layer, kind in enumerate(types)]
         # transformers asks the cache for the number of tokens seen: of an attention layer, or where some of them
         # slide, of the first layer that does not (up to 5.22 even if it is a mixer). If the layer asked has become
@@ -111,6 +123,7 @@ class BodyConfigMixin:
 
     __slots__ = ("whole",)
     whole: Any
+    _mixin: ClassVar[type["BodyConfigMixin"]]
 
     @property
     def layer_types(self) -> list[str] | None:
@@ -126,24 +139,47 @@ class BodyConfigMixin:
         return self.whole.to_diff_dict()
 
     def __reduce__(self) -> Any:
-        return body_config, (self.whole,)
+        return _view, (self._mixin, self.whole)
 
     def __copy__(self) -> Any:
-        return body_config(copy.copy(self.whole))
+        return _view(self._mixin, copy.copy(self.whole))
+
+
+class WindowConfigMixin(BodyConfigMixin):
+    """A hybrid's config as its sliding-window layers see it: as the body does, but for the attention function.
+
+    Whatever the other layers' attention is called, theirs is `WINDOW_ATTENTION`.
+    """
+
+    __slots__ = ()
+
+    @property
+    def _attn_implementation(self) -> str:
+        return WINDOW_ATTENTION
 
 
 def body_config(config: Any) -> Any:
     """A hybrid's config as its body is to see it (see `BodyConfigMixin`)."""
-    body = object.__new__(_body_class(find_family(config.model_type).model_type))
-    object.__setattr__(body, "__dict__", config.__dict__)
-    object.__setattr__(body, "whole", config)
-    return body
+    return _view(BodyConfigMixin, config)
+
+
+def window_config(config: Any) -> Any:
+    """A hybrid's config as its sliding-window layers are to see it (see `WindowConfigMixin`)."""
+    return _view(WindowConfigMixin, config)
+
+
+def _view(mixin: Any, config: Any) -> Any:
+    view = object.__new__(_view_class(mixin, find_family(config.model_type).model_type))
+    object.__setattr__(view, "__dict__", config.__dict__)
+    object.__setattr__(view, "whole", config)
+    return view
 
 
 @functools.cache
-def _body_class(model_type: str) -> Any:
+def _view_class(mixin: Any, model_type: str) -> Any:
     config_class = hybrid_config_class(model_type)
-    return type(f"{config_class.__name__}OfBody", (BodyConfigMixin, config_class), {"__slots__": ()})
+    name = config_class.__name__ + ("OfWindow" if mixin is WindowConfigMixin else "OfBody")
+    return type(name, (mixin, config_class), {"__slots__": (), "_mixin": mixin})
 
 
 @functools.cache

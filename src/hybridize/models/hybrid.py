@@ -2,7 +2,8 @@
 
 `HybridLlamaForCausalLM(LlamaForCausalLM)` and its like are built by one factory from the table of families.
 Nothing of the teacher's modelling code is copied: `__init__` builds the teacher's modules and then replaces
-the attention modules of the layers whose entry in `config.mixers` is not attention. The body, that is the base
+the attention modules of the layers whose entry in `config.mixers` is not attention, or gives them a window
+(see `hybridize.models.window`). The body, that is the base
 model and all in it, sees the config with the teacher's own kinds of layers (see `BodyConfigMixin`).
 
 What a mixer must know beyond its input, padding and the starts of packed documents, is derived once per
@@ -23,6 +24,8 @@ from transformers.masking_utils import find_packed_sequence_indices
 from hybridize.models.adapter import FP32_PATTERNS, MixerLayer
 from hybridize.models.configs import body_config, hybrid_config_class
 from hybridize.models.families import FAMILIES, ModelFamily, find_family
+from hybridize.models.window import fill_missing_sink, windowed
+from hybridize.spec import AttentionSpec, MixerSpec, SlidingWindowSpec
 
 
 class HybridMixin:
@@ -41,7 +44,7 @@ class HybridMixin:
         super().__init__(body_config(config), *args, **kwargs)  # type: ignore[call-arg]
         self.config = config
         for layer in config.layout.replaced:
-            set_attention_module(self, layer, make_mixer_layer(config, layer))
+            set_attention_module(self, layer, make_layer(config, layer, attention_module(self, layer)))
         self.base_model.register_forward_pre_hook(_hand_to_mixers, with_kwargs=True)
         self.post_init()
 
@@ -50,6 +53,8 @@ class HybridMixin:
         for module in self.modules():
             if isinstance(module, MixerLayer):
                 module.initialize_missing()
+            elif isinstance(getattr(module, "spec", None), SlidingWindowSpec):
+                fill_missing_sink(module)
         super().initialize_weights()  # type: ignore[misc]
 
     @staticmethod
@@ -58,10 +63,22 @@ class HybridMixin:
         return attention_mask
 
 
-def make_mixer_layer(config: Any, layer: int) -> MixerLayer:
-    """Build the mixer of one layer as the config describes it."""
+def make_layer(config: Any, layer: int, attention: nn.Module) -> nn.Module:
+    """Build what stands in the place of one layer's attention, as the config describes it.
+
+    Args:
+        config: a hybrid's, whose layout says something else than attention for the layer.
+        layer: 0-based.
+        attention: the module that is there; only a sliding window takes over its parameters, and shares them.
+
+    Returns:
+        A `MixerLayer`; or for a sliding window a module of attention's class. What is new in it is initialised.
+    """
+    spec = config.layout.layers[layer]
+    if isinstance(spec, SlidingWindowSpec):
+        return windowed(attention, config, layer)
     return MixerLayer(
-        config.layout.layers[layer],
+        spec,
         config.hidden_size,
         layer,
         initializer_range=getattr(config, "initializer_range", None) or 0.02,
@@ -69,8 +86,14 @@ def make_mixer_layer(config: Any, layer: int) -> MixerLayer:
     )
 
 
+def spec_of(module: nn.Module) -> MixerSpec:
+    """The spec of what stands in the place of a layer's attention: of a mixer, a window, or attention itself."""
+    spec = getattr(module, "spec", None)
+    return AttentionSpec() if spec is None else spec
+
+
 def attention_module(model: nn.Module, layer: int) -> nn.Module:
-    """The module that mixes along the sequence in one layer: the teacher's attention or a `MixerLayer`."""
+    """What mixes along the sequence in one layer: attention, the teacher's or windowed, or a `MixerLayer`."""
     family = find_family(model.config.model_type)
     return model.get_submodule(family.attention_path(layer))
 
@@ -95,17 +118,19 @@ def _hand_to_mixers(
     if tokens is None:
         return None
     batch, length = tokens.shape[:2]
+    handed: dict[str, Any] = {}
     if mask is not None:
         valid_BL = _valid_tokens(mask, length, inputs.get("past_key_values") is not None)
-        if valid_BL is None:
-            return None
-        return (), inputs | {"mixer_valid": valid_BL} | _cache_with_padding(inputs, valid_BL)
-    if positions is not None and inputs.get("past_key_values") is None:
+        if valid_BL is not None:
+            handed |= {"mixer_valid": valid_BL} | _cache_with_padding(inputs, valid_BL)
+        if module.config.has_windows:
+            handed |= _valid_keys(mask, length)
+    elif positions is not None and inputs.get("past_key_values") is None:
         starts_BL = document_starts(positions, batch)
         if starts_BL is not None:
             # With a cache, transformers' attention masks would let packed documents leak into one another.
-            return (), inputs | {"mixer_starts": starts_BL} | _without_cache(inputs, "packed documents")
-    return None
+            handed |= {"mixer_starts": starts_BL} | _without_cache(inputs, "packed documents")
+    return ((), inputs | handed) if handed else None
 
 
 def _valid_tokens(mask: Any, length: int, has_cache: bool) -> Tensor | None:
@@ -122,6 +147,14 @@ def _valid_tokens(mask: Any, length: int, has_cache: bool) -> Tensor | None:
     if not torch.compiler.is_compiling() and bool(valid_BL.all()):
         return None
     return valid_BL
+
+
+def _valid_keys(mask: Tensor, length: int) -> dict[str, Tensor]:
+    """The whole padding mask as [batch, tokens seen] bool, for attention that reads a cache; {} if all are tokens."""
+    valid_BS = mask.to(torch.bool)
+    if length > 1 and not torch.compiler.is_compiling() and bool(valid_BS.all()):
+        return {}
+    return {"mixer_valid_keys": valid_BS}
 
 
 def _cache_with_padding(inputs: dict[str, Any], valid_BL: Tensor) -> dict[str, Any]:

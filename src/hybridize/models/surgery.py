@@ -12,10 +12,12 @@ from hybridize.models.families import find_family, geometry_of
 from hybridize.models.hybrid import (
     attention_module,
     hybrid_model_class,
-    make_mixer_layer,
+    make_layer,
     set_attention_module,
+    spec_of,
 )
-from hybridize.spec import AttentionSpec, LayoutSpec, MixerSpec
+from hybridize.models.window import reset_sink
+from hybridize.spec import AttentionSpec, LayoutSpec, MixerSpec, SlidingWindowSpec
 
 
 def layout_of(config: Any) -> LayoutSpec:
@@ -45,7 +47,7 @@ def resolve_layout(config: Any, layout: LayoutSpec, place: str = "layout") -> La
     for layer, (old, new) in enumerate(zip(current, resolved.layers, strict=True)):
         if not isinstance(old, AttentionSpec) and old != new:
             raise ValueError(
-                f"{place}[{layer}]: the model's layer is a {old.type} already and its attention is gone, "
+                f"{place}[{layer}]: the model's layer is a {old.type} already and its attention is gone or changed, "
                 f"so it cannot become {new}; keep it as it is, or start from the original teacher"
             )
     return resolved
@@ -55,7 +57,8 @@ def convert_model(source: Any, layout: LayoutSpec, *, share: bool = False) -> An
     """Build the hybrid of a model: its tensors, with fresh mixers in the layers that the layout replaces.
 
     New mixers hold their constructor's initialisation, drawn from torch's global generator; carrying
-    attention's weights over is the business of `hybridize.transfer`.
+    attention's weights over is the business of `hybridize.transfer`. A layer that becomes a sliding window keeps
+    its attention's tensors, and a sink starts at 0.
 
     Args:
         source: a teacher of any family in the table, or a hybrid of which more layers are to be replaced.
@@ -79,12 +82,17 @@ def convert_model(source: Any, layout: LayoutSpec, *, share: bool = False) -> An
         for layer, (old, new) in enumerate(zip(layout_of(source.config).layers, layout.layers, strict=True))
         if old != new
     ]
+    gone: tuple[str, ...] = ()
     for layer in fresh:
         parameter = next(attention_module(source, layer).parameters())
+        module = attention_module(hybrid, layer)
+        if isinstance(layout.layers[layer], SlidingWindowSpec):
+            reset_sink(module, parameter.device)
+            continue
         with torch.device(parameter.device):
-            module = make_mixer_layer(config, layer)
+            module = make_layer(config, layer, module)
         set_attention_module(hybrid, layer, module.cast(parameter.dtype))
-    gone = tuple(f"{family.attention_path(layer)}." for layer in fresh)
+        gone += (f"{family.attention_path(layer)}.",)
     kept = {
         name: tensor if share else tensor.clone()
         for name, tensor in source.state_dict().items()
@@ -130,11 +138,11 @@ def swap_layer(hybrid: Any, layer: int, new: MixerSpec | nn.Module) -> nn.Module
         hybrid: a hybrid of any layout.
         layer: 0-based.
         new: a mixer spec, for a fresh mixer in its constructor's initialisation; or a module that was in this
-            place.
+            place. A fresh sliding window shares its parameters with the attention that was there.
 
     Raises:
         ValueError: the model is not a hybrid, has no such layer, or attention is asked for without its
-            module.
+            module, or a window over what is not attention.
     """
     layout = getattr(hybrid.config, "layout", None)
     if layout is None:
@@ -146,20 +154,33 @@ def swap_layer(hybrid: Any, layer: int, new: MixerSpec | nn.Module) -> nn.Module
             f"layer: the model has no layer {layer}; it has {len(layout.layers)}, use 0..{len(layout.layers) - 1}"
         )
     old = attention_module(hybrid, layer)
-    module: nn.Module
     if isinstance(new, nn.Module):
-        module, spec = new, new.spec if isinstance(new, MixerLayer) else AttentionSpec()
-        _set_spec(hybrid.config, layer, spec)
-    else:
-        if isinstance(new, AttentionSpec):
-            raise ValueError(f"layer {layer}: to go back to attention, hand over the module that was swapped out")
-        _set_spec(hybrid.config, layer, new.resolve(geometry_of(hybrid.config)))
-        parameter = next(old.parameters())
-        with torch.device(parameter.device):
-            module = make_mixer_layer(hybrid.config, layer).cast(parameter.dtype)
-        module.train(old.training)
+        _set_spec(hybrid.config, layer, spec_of(new))
+        set_attention_module(hybrid, layer, new)
+        return old
+    if isinstance(new, AttentionSpec):
+        raise ValueError(f"layer {layer}: to go back to attention, hand over the module that was swapped out")
+    if isinstance(new, SlidingWindowSpec) and not isinstance(spec_of(old), AttentionSpec):
+        raise ValueError(
+            f"layer {layer}: a sliding window goes over attention, but the layer is a {spec_of(old).type}; swap its "
+            "attention module in first"
+        )
+    _set_spec(hybrid.config, layer, new.resolve(geometry_of(hybrid.config)))
+    parameter = _parameter_beside(hybrid, layer)
+    with torch.device(parameter.device):
+        module = make_layer(hybrid.config, layer, old)
+    if isinstance(module, MixerLayer):
+        module.cast(parameter.dtype)
+    module.train(old.training)
     set_attention_module(hybrid, layer, module)
     return old
+
+
+def _parameter_beside(hybrid: Any, layer: int) -> nn.Parameter:
+    """A parameter of a layer's norms or MLP: it tells device and dtype, which a mixer may not."""
+    family = find_family(hybrid.config.model_type)
+    parameters = hybrid.get_submodule(f"{family.layers}.{layer}").named_parameters()
+    return next(parameter for name, parameter in parameters if not name.startswith(f"{family.attention}."))
 
 
 def _set_spec(config: Any, layer: int, spec: MixerSpec) -> None:

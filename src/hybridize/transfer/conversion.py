@@ -16,7 +16,7 @@ from hybridize.models import (
     resolve_layout,
     swap_layer,
 )
-from hybridize.spec import AttentionSpec, LayoutSpec, MixerSpec
+from hybridize.spec import AttentionSpec, LayoutSpec, MixerSpec, SlidingWindowSpec
 from hybridize.transfer.plan import TransferPlan, plan_transfer
 
 _LAYER_SEED_STRIDE = 1_000_003  # prime: layers' seeds of different conversions do not line up
@@ -74,10 +74,10 @@ class ConversionPlan:
             prefix = f"{self.layers_path}.{layer}."
             count = sum(name.startswith(prefix) for name in self.untouched)
             plan = self.transfers.get(layer)
-            made = f"becomes {spec.type} by init '{plan.init}', " if plan else f"stays {spec.type}, "
-            lines.append(f"layer {layer}: {made}{count} tensors untouched")
+            by = f" by init '{plan.init}'" if plan and plan.init else ""
+            lines.append(f"layer {layer}: {'becomes' if plan else 'stays'} {spec.type}{by}, {count} tensors untouched")
             if plan is not None:
-                attention = plan.prefix.rpartition(".")[0] + "."
+                attention = plan.prefix.removesuffix(".mixer") + "."
                 lines += [f"  {line.replace(attention, '')}" for line in str(plan).splitlines()]
         return "\n".join(lines)
 
@@ -117,7 +117,7 @@ def plan_conversion(config: Any, tensors: Iterable[str], layout: LayoutSpec, ini
             initializer_range=getattr(config, "initializer_range", None) or 0.02,
             place=f"layout[{layer}]",
         )
-    gone = tuple(f"{family.attention_path(layer)}." for layer in transfers)
+    gone = tuple(f"{family.attention_path(layer)}." for layer, plan in transfers.items() if not plan.kept)
     untouched = tuple(name for name in names if not name.startswith(gone))
     return ConversionPlan(family.model_type, layout, family.layers, untouched, transfers)
 
@@ -154,6 +154,8 @@ def convert(
 def replace_layer(hybrid: Any, layer: int, spec: MixerSpec, init: str = "aligned", seed: int = 0) -> nn.Module:
     """Replace one attention layer of a hybrid in place by a mixer that starts from it.
 
+    A sliding window shares the attention's parameters with the module that was there.
+
     Args:
         hybrid: a hybrid of any layout, e.g. `convert_model(teacher, all_attention, share=True)`.
         layer: 0-based; it must be attention.
@@ -184,8 +186,11 @@ def replace_layer(hybrid: Any, layer: int, spec: MixerSpec, init: str = "aligned
 def _fill(module: nn.Module, plan: TransferPlan, sources: Mapping[str, Tensor], seed: int, layer: int) -> None:
     generator = torch.Generator().manual_seed(seed * _LAYER_SEED_STRIDE + layer)
     tensors = plan.apply(sources, generator)
-    mixer = module.get_submodule("mixer")
-    mixer.load_state_dict({name.removeprefix(f"{plan.prefix}."): tensor for name, tensor in tensors.items()})
+    whole = not isinstance(plan.spec, SlidingWindowSpec)  # a window's other tensors are the teacher's
+    made = module.get_submodule("mixer") if whole else module
+    made.load_state_dict(
+        {name.removeprefix(f"{plan.prefix}."): tensor for name, tensor in tensors.items()}, strict=whole
+    )
 
 
 def _check_same(whose: str, planned: set[str], present: set[str]) -> None:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from hybridize.mixers import build_mixer
 from hybridize.models import Projection
-from hybridize.spec import AttentionGeometry, MixerSpec
+from hybridize.spec import AttentionGeometry, IdentitySpec, MixerSpec, SlidingWindowSpec
 from hybridize.spec.base import choose
 from hybridize.transfer.attention import AttentionTensors
-from hybridize.transfer.expressions import Expression, Take
+from hybridize.transfer.expressions import Constant, Expression, Fresh, Take
 from hybridize.transfer.rules import INITS, RULES
 
 
@@ -30,16 +30,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class TransferPlan:
-    """How one layer's attention becomes a mixer.
+    """How one layer's attention becomes a mixer, or sees a window only.
 
     Attributes:
         spec: the mixer, resolved.
         hidden_size: E.
         initializer_range: standard deviation of randomly initialised projections.
-        init: the name of the initialisation.
+        init: the name of the initialisation; empty where there is nothing to choose.
         prefix: full name of the mixer, before each of its tensors' names.
-        entries: one per tensor of the mixer.
+        entries: one per tensor of the mixer; of a window, its sink.
         dropped: each tensor of the attention that no entry uses, and why.
+        kept: the tensors of the attention that keep name and bits, as a window's do.
         note: a remark on the transfer as a whole.
     """
 
@@ -50,6 +51,7 @@ class TransferPlan:
     prefix: str
     entries: tuple[Entry, ...]
     dropped: dict[str, str] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
     note: str = ""
 
     @property
@@ -92,6 +94,8 @@ class TransferPlan:
         return made
 
     def _fresh(self, generator: torch.Generator | None) -> dict[str, Tensor]:
+        if not any(isinstance(leaf, Fresh) for entry in self.entries for leaf in entry.expression.leaves()):
+            return {}
         generator = generator or torch.Generator().manual_seed(0)
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -100,8 +104,9 @@ class TransferPlan:
         return {name: tensor.detach().float() for name, tensor in mixer.state_dict().items()}
 
     def __str__(self) -> str:
-        """A line per tensor of the mixer, then one per tensor of the attention that was dropped."""
+        """A line per tensor of the mixer, then one per tensor of the attention that was kept or dropped."""
         lines = [str(entry) for entry in self.entries]
+        lines += [f"{name}: stays the teacher's" for name in self.kept]
         lines += [f"{name}: dropped, {why}" for name, why in self.dropped.items()]
         return "\n".join([*lines, self.note] if self.note else lines)
 
@@ -121,6 +126,9 @@ def plan_transfer(
     place: str = "mixer",
 ) -> TransferPlan:
     """Plan how one layer's attention becomes a mixer.
+
+    A sliding window keeps all of the attention and starts from a sink of 0, an identity drops all; what `init` says
+    makes no difference to them.
 
     Args:
         geometry: of the teacher's attention.
@@ -149,13 +157,15 @@ def plan_transfer(
     """
     choose("init", init, INITS)
     rule = RULES.get(type(spec))
-    if rule is None:
+    if rule is None and not isinstance(spec, SlidingWindowSpec | IdentitySpec):
         raise ValueError(f"{place}: a transfer makes a mixer, but the layer is to be {spec.type!r}; leave it out")
     spec = spec.resolve(geometry)
     parts = [Projection(part) if isinstance(part, str) else part for part in projections]
     attention = AttentionTensors.of(geometry, source, parts, norms, norm_offset)
     known = (*attention.weights, *attention.biases, *attention.norms)
     present = list(known if source_tensors is None else source_tensors)
+    if rule is None:
+        return _plan_without_rule(spec, geometry, present, source, target, initializer_range)
     if init == "random":
         expressions = rule.fresh_expressions(spec, initializer_range)
         dropped = dict.fromkeys(present, "since init 'random' carries nothing over")
@@ -170,9 +180,34 @@ def plan_transfer(
         unaccounted = sorted(expressions.keys() ^ shapes.keys())
         raise ValueError(f"{place}: no rule accounts for the mixer's tensors {', '.join(unaccounted)}; add one")
     entries = tuple(Entry(f"{target}.{name}", shape, expressions[name]) for name, shape in shapes.items())
-    plan = TransferPlan(spec, geometry.hidden_size, initializer_range, init, target, entries, dropped, note)
+    plan = TransferPlan(
+        spec, geometry.hidden_size, initializer_range, init, target, entries, dropped=dropped, note=note
+    )
     assert set(present) == set(plan.used) | set(plan.dropped)
     return plan
+
+
+def _plan_without_rule(
+    spec: MixerSpec,
+    geometry: AttentionGeometry,
+    present: Sequence[str],
+    source: str,
+    target: str,
+    initializer_range: float,
+) -> TransferPlan:
+    """The plan of what carries nothing over: a window, which keeps all, or an identity, which drops all."""
+    if isinstance(spec, IdentitySpec):
+        dropped = dict.fromkeys(present, "since an identity adds nothing and reads nothing")
+        return TransferPlan(spec, geometry.hidden_size, initializer_range, "", target, (), dropped=dropped)
+    assert isinstance(spec, SlidingWindowSpec)
+    entries: tuple[Entry, ...] = ()
+    if spec.sink:
+        shape = (geometry.num_heads,)
+        entries = (Entry(f"{source}.sink", shape, Constant(0.0, shape, "0, as much as a key that scores 0")),)
+    note = f"each token sees the last {spec.window} tokens, itself among them, or fewer where the teacher sees fewer"
+    return TransferPlan(
+        spec, geometry.hidden_size, initializer_range, "", source, entries, kept=tuple(present), note=note
+    )
 
 
 def mixer_shapes(spec: MixerSpec, hidden_size: int) -> dict[str, tuple[int, ...]]:

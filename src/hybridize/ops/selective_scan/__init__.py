@@ -9,6 +9,8 @@ is in head c // (D/H); head h reads the B of group h // (H/G).
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,13 +21,21 @@ from hybridize.ops.selective_scan.step import selective_scan_step
 
 __all__ = ["BACKENDS", "selective_scan", "selective_scan_step"]
 
+
+def _selective_scan_triton(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    from hybridize.ops.selective_scan.triton import selective_scan_triton  # needs Triton, which not every machine has
+
+    return selective_scan_triton(*args, **options)
+
+
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": selective_scan_reference,
     "chunked": selective_scan_chunked,
+    "triton": _selective_scan_triton,
 }
 
-# The backend of each device type; others take "chunked".
-_BACKEND_OF_DEVICE: dict[str, str] = {}
+# The backend of each device type; others, and inputs in fp64 or without Triton, take "chunked".
+_BACKEND_OF_DEVICE: dict[str, str] = {"cuda": "triton"} if find_spec("triton") else {}
 
 
 def selective_scan(
@@ -63,7 +73,7 @@ def selective_scan(
             included, is zero before that token. None: one document, going on from the initial state.
         initial_state_BDN: state before the first token, [B, D, N]; zero by default.
         return_final_state: whether to return the state after the last token.
-        backend: `reference`, `chunked`, or None to pick by device.
+        backend: `reference`, `chunked`, `triton` (a GPU, not fp64), or None to pick by device.
 
     Returns:
         y [B, L, D] in x's dtype, and the final state [B, D, N] in fp32 (fp64) or None.
@@ -84,7 +94,8 @@ def selective_scan(
     if starts_BL is not None and starts_BL.dtype != torch.bool:
         raise ValueError(f"starts_BL: dtype {starts_BL.dtype}; pass a bool tensor, True at each first token")
     if backend is None:
-        backend = _BACKEND_OF_DEVICE.get(x_BLD.device.type, "chunked")
+        exact = x_BLD.dtype == torch.float64
+        backend = "chunked" if exact else _BACKEND_OF_DEVICE.get(x_BLD.device.type, "chunked")
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is unknown; use one of {', '.join(BACKENDS)}, or None")
     y_BLD, state_BDN = BACKENDS[backend](

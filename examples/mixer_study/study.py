@@ -1,0 +1,248 @@
+"""Compare mixers and their starts on the pocket teacher: same layers, same data, same budget, several seeds.
+
+    python examples/mixer_study/study.py --out study --workers 8
+    python examples/mixer_study/study.py --out study --table
+
+Every trial replaces the same layers of the pocket teacher, measures the divergence from the teacher on held-out rows
+before any training, after 100 and after 1,000 steps of reverse KL, and lets the student answer unseen problems. A trial
+is a pure function of its line in `VARIANTS` and its seed. Finished trials are lines of `study/trials.jsonl`; killed and
+called again, the script runs those that are missing. On one H100 eight trials at a time take about a minute.
+"""
+
+import argparse
+import json
+import lzma
+import multiprocessing
+import os
+import pickle
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parents[2]
+TEACHER = ROOT / "models" / "pocket-teacher"
+
+LAYERS = {
+    "half": (5, 6, 7, 8, 11, 12, 14, 15),  # the demo's: the least important half by MMR
+    "most": (2, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15),  # the least important three quarters
+}
+SEEDS = (0, 1, 2)
+STEPS, FIRST_LOOK = 1000, 100
+TOKENS_PER_STEP, LENGTH, ROWS = 4096, 512, 8
+RATE = 3e-3
+HELDOUT_ROWS = 16
+LEVEL, PROBLEMS_PER_TASK = 2, 75
+
+INITS = ("aligned", "neutral", "attention_gate", "published", "random")
+
+# name: mixer, init, layers, steps of a per-layer fit before the distillation
+VARIANTS: dict[str, tuple[dict, str, str, int]] = {}
+
+
+def _add(name: str, mixer: dict, init: str = "aligned", layers: str = "half", fit: int = 0) -> None:
+    assert name not in VARIANTS, name
+    VARIANTS[name] = (mixer, init, layers, fit)
+
+
+for kind in ("mamba1", "mamba2", "gated_delta_net", "kimi_delta_attention"):
+    for init in INITS:
+        _add(f"{kind}, {init}", {"type": kind}, init)
+    _add(f"{kind}, neutral, gate bias", {"type": kind, "gate_bias": True}, "neutral")
+    _add(f"{kind}, aligned, most", {"type": kind}, "aligned", "most")
+    _add(f"{kind}, neutral, most", {"type": kind}, "neutral", "most")
+    _add(f"{kind}, random, most", {"type": kind}, "random", "most")
+    _add(f"{kind}, aligned, fit", {"type": kind}, "aligned", "half", 100)
+_add("mamba1, N 32, aligned", {"type": "mamba1", "state_size": 32})
+_add("mamba1, N 32, neutral", {"type": "mamba1", "state_size": 32}, "neutral")
+_add("mamba1, N 8, aligned", {"type": "mamba1", "state_size": 8})
+_add("mamba2, N 16, aligned", {"type": "mamba2", "state_size": 16})
+_add("mamba2, no gate norm, aligned", {"type": "mamba2", "gate_norm": False})
+_add("mamba2, no gate norm, neutral, gate bias", {"type": "mamba2", "gate_norm": False, "gate_bias": True}, "neutral")
+for kind in ("gated_delta_net", "kimi_delta_attention"):
+    _add(f"{kind}, K 16, aligned", {"type": kind, "head_width": 16})
+    _add(f"{kind}, no conv activation, neutral", {"type": kind, "conv_activation": "none"}, "neutral")
+    _add(
+        f"{kind}, no conv activation, no l2, neutral",
+        {"type": kind, "conv_activation": "none", "l2_norm": False},
+        "neutral",
+    )
+    _add(f"{kind}, no output norm, neutral", {"type": kind, "output_norm": False}, "neutral")
+for window in (32, 128):
+    _add(f"sliding_window, {window}", {"type": "sliding_window", "window": window})
+    _add(f"sliding_window, {window}, sink", {"type": "sliding_window", "window": window, "sink": True})
+    _add(f"sliding_window, {window}, most", {"type": "sliding_window", "window": window}, layers="most")
+_add("identity", {"type": "identity"})
+_add("identity, most", {"type": "identity"}, layers="most")
+
+
+def run_trial(name: str, seed: int, packed: Path, work: Path, steps: int) -> dict:
+    """Run one trial; see the module's docstring."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from hybridize.data.world import TASKS, draw_problem
+    from hybridize.evaluation.generation import evaluate_problems
+    from hybridize.models import load_teacher
+    from hybridize.spec import LayoutSpec, parse_mixer
+    from hybridize.spec.stages import DistillStage, FitStage
+    from hybridize.training import distill, fit
+    from hybridize.training.divergence import heldout_divergence
+    from hybridize.transfer import convert
+
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    mixer, init, layers, fit_steps = VARIANTS[name]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    teacher = load_teacher(str(TEACHER)).float()
+    layout = LayoutSpec.replace(teacher.config.num_hidden_layers, LAYERS[layers], parse_mixer(mixer))
+    student, _ = convert(teacher, layout, init, seed)
+    student, teacher = student.to(device), teacher.to(device)
+    rows = pickle.loads(lzma.decompress(packed.read_bytes()))
+    heldout, rows = rows.part(0, HELDOUT_ROWS), rows.part(HELDOUT_ROWS, len(rows))
+    common = {
+        "model": "student",
+        "tokens_per_step": TOKENS_PER_STEP,
+        "sequence_length": LENGTH,
+        "rows_per_batch": TOKENS_PER_STEP // LENGTH,
+        "train": "mixers",
+        "save_every": 10**6,
+        "seed": seed,
+    }
+    folder = work / f"{list(VARIANTS).index(name)}-{seed}"
+    trained = [n for n, _ in student.named_parameters() if ".mixer." in n]
+    record = {"name": name, "seed": seed, "zero_shot": heldout_divergence(student, teacher, heldout, rows_per_batch=8)}
+    if trained:
+        if fit_steps:
+            stage = FitStage(name="fit", steps=fit_steps, learning_rate=1e-2, **common)
+            fit(student, teacher, rows.part(0, fit_steps * TOKENS_PER_STEP // LENGTH), stage, folder / "fit")
+            record["fitted"] = heldout_divergence(student, teacher, heldout, rows_per_batch=8)
+        stop = {"every": min(FIRST_LOOK, steps), "heldout_rows": HELDOUT_ROWS, "below": 1e-12}
+        stage = DistillStage(name="distill", steps=steps, learning_rate=RATE, warmup_steps=20, stop=stop, **common)
+        looks = {}
+
+        def look(line: dict, total: int) -> None:
+            if "heldout_nats" in line:
+                looks[line["step"]] = line["heldout_nats"]
+
+        result = distill(student, teacher, rows, stage, folder / "distill", heldout=heldout, on_log=look)
+        record |= {"looks": looks, "seconds_training": result.seconds, "parameters": result.num_trainable_parameters}
+    problems = [draw_problem(task, LEVEL, "test", index) for task in TASKS for index in range(PROBLEMS_PER_TASK)]
+    score = evaluate_problems(student.eval(), tokenizer, problems, batch_size=300)["overall"]
+    return record | {
+        "correct": score["correct"],
+        "problems": score["total"],
+        "seconds": time.perf_counter() - started,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }
+
+
+def pack(seed: int, out: Path, steps: int) -> None:
+    """Pack the rows of one seed, held-out ones first; keep them if they are there."""
+    if out.exists():
+        return
+    from transformers import AutoTokenizer
+
+    from hybridize.data.packing import pack_rows
+    from hybridize.spec.data import WorldDataSpec
+
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER)
+    num_rows = HELDOUT_ROWS + steps * TOKENS_PER_STEP // LENGTH
+    rows = pack_rows(WorldDataSpec(levels=(1, 2)), tokenizer, LENGTH, num_rows, seed)
+    out.write_bytes(lzma.compress(pickle.dumps(rows), preset=1))
+
+
+def _worker(tasks: "multiprocessing.Queue", results: "multiprocessing.Queue", out: Path, steps: int) -> None:
+    while (task := tasks.get()) is not None:
+        name, seed = task
+        try:
+            results.put(run_trial(name, seed, out / f"rows-{seed}.pickle.xz", out / "work", steps))
+        except Exception as error:
+            results.put({"name": name, "seed": seed, "error": f"{type(error).__name__}: {error}"})
+
+
+def run(out: Path, workers: int, steps: int, seeds: tuple[int, ...], wanted: str, seconds: float) -> None:
+    """Run the trials that are missing, those of the first seed first; start none after `seconds`."""
+    out.mkdir(parents=True, exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    began = time.perf_counter()
+    packers = [context.Process(target=pack, args=(seed, out / f"rows-{seed}.pickle.xz", steps)) for seed in seeds]
+    for packer in packers:
+        packer.start()
+    for packer in packers:
+        packer.join()
+    print(f"packed {len(seeds)} x {steps} steps in {time.perf_counter() - began:.0f} s", flush=True)
+    done = {(trial["name"], trial["seed"]) for trial in read(out)}
+    todo = [(name, seed) for seed in seeds for name in VARIANTS if wanted in name and (name, seed) not in done]
+    tasks, results = context.Queue(), context.Queue()
+    for task in todo:
+        tasks.put(task)
+    for _ in range(workers):
+        tasks.put(None)
+    processes = [context.Process(target=_worker, args=(tasks, results, out, steps)) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    with (out / "trials.jsonl").open("a") as file:
+        for number in range(len(todo)):
+            if time.perf_counter() - began > seconds:
+                break
+            trial = results.get(timeout=max(1.0, seconds - (time.perf_counter() - began)))
+            if "error" not in trial:
+                file.write(json.dumps(trial) + "\n")
+                file.flush()
+            print(f"{number + 1}/{len(todo)} {time.perf_counter() - began:.0f} s {json.dumps(trial)[:400]}", flush=True)
+    for process in processes:
+        process.terminate()
+
+
+def read(out: Path) -> list[dict]:
+    """The finished trials."""
+    file = out / "trials.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def table(out: Path) -> str:
+    """The trials as a Markdown table: means over seeds, with the standard deviation where there are several."""
+    lines = [
+        "| mixer, start | layers | seeds | KL at once | KL, 100 steps | KL, 1,000 steps | right answers, % |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    trials = read(out)
+    for name, (_, _, layers, _) in VARIANTS.items():
+        mine = [trial for trial in trials if trial["name"] == name]
+        if not mine:
+            continue
+        looks = [{int(step): nats for step, nats in trial.get("looks", {}).items()} for trial in mine]
+        first = [look[FIRST_LOOK] for look in looks if FIRST_LOOK in look]
+        last = [look[max(look)] for look in looks if look]
+        right = [100 * trial["correct"] / trial["problems"] for trial in mine]
+        cells = [_cell([trial["zero_shot"] for trial in mine]), _cell(first), _cell(last), _cell(right, ".1f")]
+        lines.append(f"| {name} | {len(LAYERS[layers])} | {len(mine)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float], form: str = ".4f") -> str:
+    if not values:
+        return "none"
+    spread = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--only", default="", help="run trials whose name contains this")
+    parser.add_argument("--seconds", type=float, default=86400, help="stop after so long")
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    if options.table:
+        print(table(options.out))
+        return
+    run(options.out, options.workers, options.steps, tuple(options.seeds), options.only, options.seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""What the two mixers with a delta rule share: all but how decays and the output gate are made.
+
+    q, k, v = act(conv(W_q u)), act(conv(W_k u)), act(conv(W_v u)),  q and k scaled to length 1
+    o = delta rule of q, k, v with decays exp(−exp(A_log) softplus(f(u) + dt_bias)) and β = sigmoid(W_b u)
+    out = W_o (RMSNorm(o) ⊙ act(gate(u)))
+
+Queries come in heads, keys and values in groups, and are convolved in groups too. Decays, norms and the state are
+computed in fp32 whatever the module's dtype.
+
+Legend: B batch, L length, E hidden size, H heads, G groups of heads, K width of queries and keys, V width of values
+(V = K), X channels of the convolution: H K + G K + G V, T its taps.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import sigmoid, silu, softplus
+
+from hybridize.mixers.base import Mixer, MixerState
+from hybridize.mixers.norms import BlockRMSNorm
+from hybridize.ops.causal_conv import causal_conv, causal_conv_step
+from hybridize.spec.mixers import GatedDeltaNetSpec, KimiDeltaAttentionSpec
+
+# Added to the squared length of queries and keys before they are scaled, as the papers' kernels do.
+_L2_EPS = 1e-6
+
+_GATES = {"silu": silu, "sigmoid": sigmoid}
+
+
+class DeltaRuleMixer(Mixer):
+    """A delta rule as a drop-in for an attention module; a subclass names the recurrence, makes decays and gate.
+
+    Args:
+        spec: a resolved spec.
+        hidden_size: E.
+        initializer_range: standard deviation of the linear layers' initial weights.
+
+    Raises:
+        ValueError: the spec is not resolved, or asks for the bias of a gate that it has not.
+    """
+
+    recurrence: ClassVar[Callable[..., tuple[Tensor, Tensor | None]]]
+    recurrence_step: ClassVar[Callable[..., tuple[Tensor, Tensor]]]
+    decay_per_channel: ClassVar[bool]
+
+    def __init__(
+        self,
+        spec: GatedDeltaNetSpec | KimiDeltaAttentionSpec,
+        hidden_size: int,
+        *,
+        initializer_range: float = 0.02,
+    ) -> None:
+        super().__init__(spec, hidden_size, initializer_range=initializer_range)
+        if (
+            spec.head_width is None
+            or spec.num_heads is None
+            or spec.num_groups is None
+            or spec.norm_eps is None
+            or None in (spec.qkv_bias, spec.output_bias, spec.qk_norm)
+        ):
+            raise ValueError(f"spec: {spec!r} has open sizes; call spec.resolve(geometry) first")
+        if spec.gate_bias and spec.gate == "none":
+            raise ValueError("spec: gate_bias is set, but gate is 'none'; give it a gate, or no bias")
+        self.spec = spec
+        self.initializer_range = initializer_range
+        self.hidden_size, self.head_width = hidden_size, spec.head_width
+        self.num_heads, self.num_groups, self.conv_kernel = spec.num_heads, spec.num_groups, spec.conv_kernel
+        self.head_channels, self.group_channels = spec.num_heads * spec.head_width, spec.num_groups * spec.head_width
+        conv_channels = self.head_channels + 2 * self.group_channels
+        self.q_proj = nn.Linear(hidden_size, self.head_channels, bias=bool(spec.qkv_bias))
+        self.k_proj = nn.Linear(hidden_size, self.group_channels, bias=bool(spec.qkv_bias))
+        self.v_proj = nn.Linear(hidden_size, self.group_channels, bias=bool(spec.qkv_bias))
+        self.q_norm = self.k_norm = self.o_norm = None
+        if spec.qk_norm != "none":
+            per_head = spec.qk_norm == "head"
+            spans = (self.head_width,) * 2 if per_head else (self.head_channels, self.group_channels)
+            self.q_norm, self.k_norm = (BlockRMSNorm(span, span, spec.norm_eps) for span in spans)
+        self.conv1d = nn.Conv1d(conv_channels, conv_channels, spec.conv_kernel, groups=conv_channels, bias=False)
+        self.b_proj = nn.Linear(hidden_size, spec.num_heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(spec.num_heads))
+        num_decays = spec.num_heads * (spec.head_width if self.decay_per_channel else 1)
+        self.dt_bias = nn.Parameter(torch.empty(num_decays))
+        self._add_projections()
+        if spec.gate_bias:
+            self.gate_bias = nn.Parameter(torch.empty(self.head_channels))
+        if spec.output_norm:
+            self.o_norm = BlockRMSNorm(self.head_width, self.head_width, spec.norm_eps)
+        self.o_proj = nn.Linear(self.head_channels, hidden_size, bias=bool(spec.output_bias))
+        for parameter in (self.A_log, self.dt_bias):
+            parameter._no_weight_decay = True
+        self.reset_parameters()
+
+    @abstractmethod
+    def _add_projections(self) -> None:
+        """Allocate the projections that give decays and the output gate."""
+
+    @abstractmethod
+    def _decay_inputs(self, hidden_BLE: Tensor) -> Tensor:
+        """What dt_bias is added to, [B, L, H] or [B, L, H K]."""
+
+    @abstractmethod
+    def _gate_inputs(self, hidden_BLE: Tensor) -> Tensor:
+        """The output gate before bias and activation, [B, L, H V]."""
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Initialise as the papers' constructors do: decay rates uniform, step sizes log-uniform.
+
+        Args:
+            generator: source of randomness; None: torch's global seed.
+        """
+        spec = self.spec
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.normal_(0.0, self.initializer_range, generator=generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, BlockRMSNorm):
+                module.reset_parameters()
+        tap_bound = self.conv_kernel**-0.5
+        self.conv1d.weight.uniform_(-tap_bound, tap_bound, generator=generator)
+        rate = torch.empty(self.num_heads, device=self.A_log.device)
+        self.A_log.copy_(rate.uniform_(spec.decay_min, spec.decay_max, generator=generator).log())
+        log_step = torch.empty(self.dt_bias.numel(), device=self.dt_bias.device)
+        log_step.uniform_(math.log(spec.dt_min), math.log(spec.dt_max), generator=generator)
+        step = log_step.exp().clamp(min=spec.dt_init_floor)
+        # softplus(bias) = step, written so that neither a small nor a large step loses digits.
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        if spec.gate_bias:
+            self.gate_bias.zero_()
+
+    def state_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each tensor of the state: [B, X, T] and [B, H, K, V]."""
+        return {
+            "conv": (batch_size, self.conv1d.out_channels, self.conv_kernel),
+            "ssm": (batch_size, self.num_heads, self.head_width, self.head_width),
+        }
+
+    def forward(
+        self,
+        hidden_BLE: Tensor,
+        *,
+        starts_BL: Tensor | None = None,
+        valid_BL: Tensor | None = None,
+        state: MixerState | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, MixerState | None]:
+        """Mix along L; see `Mixer.forward`.
+
+        Padding may stand on the left, or on the right when no state is returned.
+
+        Raises:
+            ValueError: a mask or the state does not go with the input; names it and the remedy.
+        """
+        self._check(hidden_BLE, starts_BL, valid_BL, state)
+        padding_BL1 = None if valid_BL is None else ~valid_BL.unsqueeze(-1)
+        if padding_BL1 is not None:
+            hidden_BLE = hidden_BLE.masked_fill(padding_BL1, 0.0)
+        qkv_BLX = self._project(hidden_BLE)
+        g = self._log_decays(hidden_BLE)
+        beta_BLH = sigmoid(_at_least_fp32(self.b_proj(hidden_BLE)))
+        if padding_BL1 is not None:
+            qkv_BLX = qkv_BLX.masked_fill(padding_BL1, 0.0)  # biases and norms make something of nothing
+            g = g.masked_fill(padding_BL1.view(*padding_BL1.shape, *[1] * (g.ndim - 3)), 0.0)
+            beta_BLH = beta_BLH.masked_fill(padding_BL1, 0.0)
+        weight_XT = self.conv1d.weight.squeeze(1)
+        activation = None if self.spec.conv_activation == "none" else self.spec.conv_activation
+        new_state = None
+        if state is not None and hidden_BLE.shape[1] == 1:
+            conv_BXT, ssm_BHKV = state
+            if starts_BL is not None:
+                conv_BXT = conv_BXT.masked_fill(starts_BL.unsqueeze(-1), 0.0)
+                ssm_BHKV = ssm_BHKV.masked_fill(starts_BL[..., None, None], 0.0)
+            qkv_BX, window_BXT = causal_conv_step(conv_BXT, qkv_BLX[:, 0], weight_XT, None, activation)
+            q_BHK, k_BGK, v_BGV = self._split(qkv_BX)
+            o_BHV, ssm_BHKV = self.recurrence_step(ssm_BHKV, q_BHK, k_BGK, v_BGV, g[:, 0], beta_BLH[:, 0])
+            o_BLHV = o_BHV.unsqueeze(1)
+            if padding_BL1 is not None:
+                window_BXT = torch.where(padding_BL1, conv_BXT.to(window_BXT.dtype), window_BXT)
+            if return_state:
+                new_state = MixerState(window_BXT, ssm_BHKV)
+        else:
+            qkv_BLX, window = causal_conv(
+                qkv_BLX,
+                weight_XT,
+                activation=activation,
+                starts_BL=starts_BL,
+                window_BDK=None if state is None else state.conv,
+                return_window=return_state,
+            )
+            q_BLHK, k_BLGK, v_BLGV = self._split(qkv_BLX)
+            o_BLHV, ssm = self.recurrence(
+                q_BLHK,
+                k_BLGK,
+                v_BLGV,
+                g,
+                beta_BLH,
+                starts_BL=starts_BL,
+                initial_state_BHKV=None if state is None else state.ssm,
+                return_final_state=return_state,
+            )
+            if window is not None and ssm is not None:
+                new_state = MixerState(window, ssm)
+        return self.o_proj(self._gated(o_BLHV, hidden_BLE)), new_state
+
+    def _project(self, hidden_BLE: Tensor) -> Tensor:
+        """Queries, keys and values, normalised if the spec says so, one behind the other: [B, L, X]."""
+        q_BLX, k_BLX, v_BLX = self.q_proj(hidden_BLE), self.k_proj(hidden_BLE), self.v_proj(hidden_BLE)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BLX, k_BLX = self.q_norm(q_BLX), self.k_norm(k_BLX)
+        return torch.cat([q_BLX, k_BLX, v_BLX], dim=-1)
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., X] to queries [..., H, K], keys [..., G, K] and values [..., G, V], scaled if the spec says so."""
+        q, k, v = qkv.split([self.head_channels, self.group_channels, self.group_channels], dim=-1)
+        q, k, v = (tensor.unflatten(-1, (-1, self.head_width)) for tensor in (q, k, v))
+        if self.spec.l2_norm:
+            q, k = _unit(q), _unit(k)
+        return q, k, v
+
+    def _log_decays(self, hidden_BLE: Tensor) -> Tensor:
+        """Logarithms of the decays, at least in fp32: [B, L, H] or [B, L, H, K]."""
+        inputs = _at_least_fp32(self._decay_inputs(hidden_BLE)) + _at_least_fp32(self.dt_bias)
+        rate = -torch.exp(_at_least_fp32(self.A_log))
+        step = softplus(inputs)
+        if self.decay_per_channel:
+            return rate.unsqueeze(-1) * step.unflatten(-1, (self.num_heads, -1))
+        return rate * step
+
+    def _gated(self, o_BLHV: Tensor, hidden_BLE: Tensor) -> Tensor:
+        """The normalised and gated output, [B, L, H V]."""
+        out_BLX = o_BLHV.flatten(2)
+        if self.o_norm is not None:
+            out_BLX = self.o_norm(out_BLX)
+        if self.spec.gate == "none":
+            return out_BLX
+        gate_BLX = _at_least_fp32(self._gate_inputs(hidden_BLE))
+        if self.spec.gate_bias:
+            gate_BLX = gate_BLX + _at_least_fp32(self.gate_bias)
+        return (out_BLX * _GATES[self.spec.gate](gate_BLX)).to(out_BLX.dtype)
+
+    def _check(
+        self, hidden_BLE: Tensor, starts_BL: Tensor | None, valid_BL: Tensor | None, state: MixerState | None
+    ) -> None:
+        if hidden_BLE.ndim != 3 or hidden_BLE.shape[-1] != self.hidden_size:
+            raise ValueError(f"hidden_BLE: shape {tuple(hidden_BLE.shape)}; pass [batch, length, {self.hidden_size}]")
+        leading = tuple(hidden_BLE.shape[:2])
+        for name, mask in (("starts_BL", starts_BL), ("valid_BL", valid_BL)):
+            if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != leading):
+                got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+                raise ValueError(f"{name}: {got}; pass a bool tensor of shape {list(leading)}")
+        if state is not None:
+            for name, shape in self.state_shapes(leading[0]).items():
+                got_shape = tuple(getattr(state, name).shape)
+                if got_shape != shape:
+                    raise ValueError(f"state.{name}: shape {got_shape}; pass {list(shape)}")
+
+
+def _unit(tensor: Tensor) -> Tensor:
+    """The last axis scaled to length 1, computed in fp32 at least, in the tensor's dtype."""
+    exact = _at_least_fp32(tensor)
+    return (exact * torch.rsqrt(exact.square().sum(dim=-1, keepdim=True) + _L2_EPS)).to(tensor.dtype)
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

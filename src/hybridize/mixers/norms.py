@@ -1,0 +1,35 @@
+"""RMS norms of blocks of channels, as mixers need them: of each head by itself, or of all at once.
+
+Legend: D channels, W channels of a block.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+class BlockRMSNorm(nn.Module):
+    """Divides each block of channels by the root of its mean square (arXiv 1910.07467), in fp32 at least.
+
+    Args:
+        width: W, channels that are normalised together.
+        num_weights: entries of the weight: W, where all blocks share it, or D, one for each channel.
+        eps: what is added to the mean square.
+    """
+
+    def __init__(self, width: int, num_weights: int, eps: float) -> None:
+        super().__init__()
+        self.width = width
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_weights))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the weight to 1."""
+        self.weight.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x, [..., D]; the result has its dtype."""
+        exact = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, self.width))
+        scale = torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + self.eps)
+        weight = self.weight.to(exact.dtype).unflatten(0, (-1, self.width))
+        return (exact * scale * weight).flatten(-2).to(x.dtype)

@@ -1,0 +1,260 @@
+"""The tensors of an Apriel-H1 checkpoint and a hybrid's: a plan that accounts for each, and shards written by it."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hybridize.files import write_whole
+from hybridize.models.apriel.configs import Shapes, is_fused
+from hybridize.models.checkpoint import check_files, weight_files
+from hybridize.models.hybrid import hybrid_model_class
+from hybridize.spec import IdentitySpec, Mamba1Spec
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+
+
+class StoredTensors:
+    """The tensors of a folder's safetensors files, read one at a time.
+
+    Attributes:
+        folder: where they are.
+        metas: a tensor without data for each, by name: its shape and dtype.
+
+    Raises:
+        ValueError: a file is missing or damaged; names it and the remedy.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        check_files(folder)
+        self.folder = folder
+        self.metas: dict[str, Tensor] = {}
+        self._files: dict[str, Path] = {}
+        for file in weight_files(folder):
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                    if name in self._files:
+                        raise ValueError(
+                            f"{file}: tensor {name} is in {self._files[name].name} as well; fetch the checkpoint again"
+                        )
+                    self.metas[name] = opened.get_tensor(name).to("meta")
+                    self._files[name] = file
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shape of every tensor, by name."""
+        return {name: tuple(meta.shape) for name, meta in self.metas.items()}
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A copy of a tensor, or of its rows from the first to before the second.
+
+        The file is opened anew: its mapped pages count as the process's memory until it is closed.
+        """
+        with safe_open(self._files[name], framework="pt") as opened:
+            tensor: Tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[slice(*rows)]
+            return tensor.clone()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a tensor to be written is made of.
+
+    Attributes:
+        meta: its shape and dtype.
+        source: name of the stored tensor that it is; None for one filled with `value`.
+        rows: first and last + 1 of the source's rows that it is; None for all.
+        halved: whether it is half the source.
+        value: in every entry, if there is no source.
+    """
+
+    meta: Tensor
+    source: str | None
+    rows: tuple[int, int] | None = None
+    halved: bool = False
+    value: float = 0.0
+
+    def make(self, stored: StoredTensors) -> Tensor:
+        """Make the tensor.
+
+        Raises:
+            ValueError: half of an entry is not a number of this dtype.
+        """
+        if self.source is None:
+            return torch.full_like(self.meta, self.value, device="cpu")
+        tensor = stored.read(self.source, self.rows)
+        if not self.halved:
+            return tensor
+        half = tensor / 2
+        if not torch.equal(half * 2, tensor):
+            raise ValueError(
+                f"{stored.folder}: {self.source} holds numbers too small for {tensor.dtype} to halve them exactly, or "
+                "NaN; set its mixer's dt_bias_mode to double and train it so"
+            )
+        return half
+
+
+def plan_import(stored: StoredTensors, config: Any) -> dict[str, Piece]:
+    """Plan the tensors of the hybrid that an Apriel-H1 checkpoint becomes.
+
+    Args:
+        stored: the checkpoint's.
+        config: the hybrid's.
+
+    Returns:
+        What each is made of, by the hybrid's names.
+
+    Raises:
+        ValueError: a tensor of the checkpoint is missing, superfluous, or of another shape than the config says.
+    """
+    layers = config.layout.layers
+    shapes, tied = _hybrid_shapes(config)
+    dtype = next(iter(stored.metas.values())).dtype
+    plan: dict[str, Piece] = {}
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        if name in tied and name not in stored.metas:
+            continue
+        layer, rest = _layer_of(name)
+        meta = torch.empty(shape, dtype=dtype, device="meta")
+        if layer is not None and isinstance(layers[layer], IdentitySpec):
+            plan[name] = Piece(meta, None, value=1.0 if rest.endswith("layernorm.weight") else 0.0)
+            continue
+        source, rows, stored_shape = _published_name(name), None, shape
+        if rest.endswith("in_proj.weight") and layer is not None and is_fused(stored.metas, layer):
+            prefix = name.removesuffix(rest) + "self_attn.mixer"
+            upper, lower = (shapes[f"{prefix}.{part}.weight"][0] for part in ("in_proj", "dt_in_proj"))
+            rows = (upper, upper + lower) if rest.endswith("dt_in_proj.weight") else (0, upper)
+            source, stored_shape = _published_name(f"{prefix}.in_proj.weight"), (upper + lower, *shape[1:])
+        wanted[source] = stored_shape
+        plan[name] = Piece(meta.to(stored.metas[source].dtype) if source in stored.metas else meta, source, rows)
+    _check(stored, wanted)
+    return plan
+
+
+def plan_export(stored: StoredTensors, config: Any, place: str) -> dict[str, Piece]:
+    """Plan the tensors of the Apriel-H1 checkpoint that a hybrid becomes.
+
+    Args:
+        stored: the hybrid's.
+        config: its config, whose layers the format has (see `apriel_fields`).
+        place: what to call the config in errors.
+
+    Returns:
+        What each is made of, by the checkpoint's names.
+
+    Raises:
+        ValueError: a tensor of the hybrid is missing, superfluous, or of another shape than the config says; or an
+            identity layer has an MLP that does something.
+    """
+    layers = config.layout.layers
+    shapes, tied = _hybrid_shapes(config)
+    wanted = {name: shape for name, shape in shapes.items() if name not in tied or name in stored.metas}
+    _check(stored, wanted)
+    plan = {}
+    for name in wanted:
+        layer, rest = _layer_of(name)
+        spec = None if layer is None else layers[layer]
+        if isinstance(spec, IdentitySpec):
+            if rest == "mlp.down_proj.weight" and bool(stored.read(name).any()):
+                raise ValueError(
+                    f"{place}: mixers[{layer}]: the layer's attention is an identity but its MLP is not, while "
+                    "Apriel-H1 leaves out both or none; export a hybrid without such layers"
+                )
+            continue
+        halved = isinstance(spec, Mamba1Spec) and spec.dt_bias_mode == "single" and rest.endswith("dt_proj.bias")
+        plan[_published_name(name)] = Piece(stored.metas[name], name, halved=halved)
+    return plan
+
+
+def write_tensors(
+    folder: Path,
+    stored: StoredTensors,
+    plan: Mapping[str, Piece],
+    max_shard_size: str | int,
+    on_progress: Callable[[int, int], None] | None,
+) -> dict[str, int]:
+    """Write planned tensors as safetensors, holding one file's at a time.
+
+    Args:
+        folder: to write into.
+        stored: where they come from.
+        plan: what they are made of, by name.
+        max_shard_size: of a file, e.g. `5GB`.
+        on_progress: called with (tensors done, all tensors).
+
+    Returns:
+        `num_tensors`, `num_bytes` and `num_shards`.
+    """
+    shards = split_torch_state_dict_into_shards(
+        {name: piece.meta for name, piece in plan.items()}, max_shard_size=max_shard_size
+    )
+    done = 0
+    for file, names in shards.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            tensors[name] = plan[name].make(stored)
+            done += 1
+            if on_progress:
+                on_progress(done, len(plan))
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        del tensors
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": dict(sorted(shards.tensor_to_filename.items()))}
+        write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    return {
+        "num_tensors": len(plan),
+        "num_bytes": sum(piece.meta.nbytes for piece in plan.values()),
+        "num_shards": len(shards.filename_to_tensors),
+    }
+
+
+def _hybrid_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Every tensor's shape in a hybrid, and the names of those tied to another, which a file may lack."""
+    with torch.device("meta"):
+        hybrid = hybrid_model_class("mistral")(config)
+    tied = set(getattr(hybrid, "all_tied_weights_keys", None) or {})
+    return {name: tuple(tensor.shape) for name, tensor in hybrid.state_dict().items()}, tied
+
+
+def _layer_of(name: str) -> tuple[int | None, str]:
+    """The layer that a tensor is in, and its name there."""
+    match = _LAYER.fullmatch(name)
+    return (int(match[1]), match[2]) if match else (None, name)
+
+
+def _published_name(name: str) -> str:
+    return name.replace(".self_attn.mixer.", ".mixer.")
+
+
+def _check(stored: StoredTensors, wanted: Shapes) -> None:
+    """Check that the stored tensors are those wanted, each of its shape."""
+    found = stored.shapes
+    faults = []
+    if missing := sorted(wanted.keys() - found.keys()):
+        faults.append(f"tensors are missing: {_some(missing)}")
+    if superfluous := sorted(found.keys() - wanted.keys()):
+        faults.append(f"tensors belong to no part of the model: {_some(superfluous)}")
+    both = sorted(wanted.keys() & found.keys())
+    if shapes := [
+        f"{name} {list(found[name])}, not {list(wanted[name])}" for name in both if found[name] != wanted[name]
+    ]:
+        faults.append(f"tensors have another shape than the config says: {_some(shapes)}")
+    if faults:
+        raise ValueError(
+            f"{stored.folder}: the tensors and config.json do not fit together; {'; '.join(faults)}. "
+            "Fetch or convert the model again"
+        )
+
+
+def _some(entries: Iterable[str], limit: int = 12) -> str:
+    listed = list(entries)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more

@@ -1,0 +1,140 @@
+"""The way to flash-linear-attention's Triton kernels, for the ops with a delta rule.
+
+The package is optional (`pip install hybridize[gpu]`) and imported only when a kernel is called.
+
+Legend: B batch, L length, H heads, G groups of heads, K width of queries and keys, V width of values.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The widest heads that the kernels take.
+_MAX_WIDTH = 256
+
+
+@cache
+def is_installed() -> bool:
+    """Whether flash-linear-attention can be imported."""
+    return find_spec("fla") is not None and find_spec("einops") is not None
+
+
+def takes(q: Tensor, v: Tensor) -> bool:
+    """Whether the kernels are the right form for these inputs: half precision, on a CUDA device, not too wide."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    fits = max(q.shape[-1], v.shape[-1]) <= _MAX_WIDTH
+    return q.device.type == "cuda" and half and fits and is_installed()
+
+
+def takes_step(q_BHK: Tensor, v_BGV: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels for single tokens, which have no backward pass, are the right form for these inputs."""
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q_BHK, v_BGV, *others))
+    return not differentiated and takes(q_BHK, v_BGV)
+
+
+def require(q_BLHK: Tensor) -> None:
+    """Check that the kernels can be called at all, where somebody asks for them by name.
+
+    Raises:
+        ValueError: the package is not installed, or the inputs are on another device.
+    """
+    if not is_installed():
+        raise ValueError("backend: 'fla' is not installed; run pip install 'hybridize[gpu]', or pass None")
+    if q_BLHK.device.type != "cuda":
+        raise ValueError(f"backend: 'fla' runs on CUDA, but q is on {q_BLHK.device}; pass None")
+
+
+def call(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
+    q_BLHK: Tensor,
+    k_BLGK: Tensor,
+    v_BLGV: Tensor,
+    g: Tensor,
+    beta_BLH: Tensor,
+    *,
+    scale: float,
+    starts_BL: Tensor | None,
+    initial_state_BHKV: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Call a kernel of the package over sequences or, where documents are packed, over one row of documents.
+
+    Keys and values are repeated for the heads of a group, which the kernels need where decays belong to heads.
+
+    Args:
+        kernel: takes q, k, v [B, L, H, ...], g, beta, scale, initial_state, output_final_state and cu_seqlens.
+        q_BLHK: queries.
+        k_BLGK: keys.
+        v_BLGV: values.
+        g: the decays' logarithms.
+        beta_BLH: strengths of writing.
+        scale: factor of what is read.
+        starts_BL: True at the first token of each document.
+        initial_state_BHKV: state before the first token; zero by default.
+        **options: passed on.
+
+    Returns:
+        Outputs [B, L, H, V] in the queries' dtype, and the state after the last token [B, H, K, V] in fp32.
+    """
+    batch, length, num_heads = q_BLHK.shape[:3]
+    heads_per_group = num_heads // k_BLGK.shape[2]
+    k_BLHK, v_BLHV = (tensor.to(q_BLHK.dtype).repeat_interleave(heads_per_group, dim=2) for tensor in (k_BLGK, v_BLGV))
+    tensors = {"q": q_BLHK, "k": k_BLHK, "v": v_BLHV, "g": g.float(), "beta": beta_BLH.float()}
+    state = None if initial_state_BHKV is None else initial_state_BHKV.float()
+    options |= {"scale": scale, "output_final_state": True}
+    if starts_BL is None:
+        o_BLHV, state_BHKV = kernel(**tensors, initial_state=state, **options)
+        return o_BLHV, state_BHKV
+    begins, first_documents, last_documents = _documents(starts_BL)
+    states = None
+    if state is not None:
+        kept_BHKV = state.masked_fill(starts_BL[:, 0, None, None, None], 0.0)
+        states = state.new_zeros(len(begins) - 1, *state.shape[1:]).index_copy(0, first_documents, kept_BHKV)
+    row = {name: tensor.flatten(0, 1).unsqueeze(0) for name, tensor in tensors.items()}
+    o_1TV, states = kernel(**row, initial_state=states, cu_seqlens=begins, **options)
+    return o_1TV.view(batch, length, *o_1TV.shape[2:]), states.index_select(0, last_documents)
+
+
+def call_step(
+    kernel: Callable[..., tuple[Tensor, Tensor]],
+    state_BHKV: Tensor,
+    q_BHK: Tensor,
+    k_BGK: Tensor,
+    v_BGV: Tensor,
+    g: Tensor,
+    beta_BH: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Call a kernel for one token of each sequence.
+
+    Args:
+        kernel: takes what the kernels of `call` take.
+        state_BHKV: state before the token; left as it is.
+        q_BHK: queries.
+        k_BGK: keys.
+        v_BGV: values.
+        g: the decays' logarithms, [B, H] or [B, H, K].
+        beta_BH: strengths of writing.
+        scale: factor of what is read.
+
+    Returns:
+        Outputs [B, H, V] in the queries' dtype, and the new state in fp32.
+    """
+    tensors = [tensor.unsqueeze(1) for tensor in (q_BHK, k_BGK, v_BGV, g, beta_BH)]
+    o_B1HV, new_state_BHKV = call(kernel, *tensors, scale=scale, starts_BL=None, initial_state_BHKV=state_BHKV)
+    return o_B1HV.squeeze(1), new_state_BHKV
+
+
+def _documents(starts_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where each document begins in the flattened rows, with the end of all, and each row's first and last document."""
+    batch, length = starts_BL.shape
+    first_BL = starts_BL.clone()
+    first_BL[:, 0] = True
+    begins = first_BL.flatten().nonzero().flatten()
+    document_BL = (first_BL.flatten().cumsum(0) - 1).view(batch, length)
+    end = begins.new_tensor([batch * length])
+    return torch.cat([begins, end]), document_BL[:, 0].contiguous(), document_BL[:, -1].contiguous()

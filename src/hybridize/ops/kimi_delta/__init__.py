@@ -1,0 +1,125 @@
+"""The recurrence of Kimi delta attention (arXiv 2510.26692): a delta rule with a decay for every channel of the keys.
+
+    S_t = (I − β_t k_t k_tᵀ) Diag(α_t) S_{t-1} + β_t k_t v_tᵀ,    α_t = exp(g_t)
+    o_t = scale · S_tᵀ q_t
+
+The state takes keys to values. Each token lets its rows fade by α, erases a share β of what it holds at the token's
+key, and writes the token's value there.
+
+Legend: B batch, L length, H heads, G groups of heads, K width of queries and keys, V width of values. Head h reads the
+keys and values of group h // (H/G); queries, decays and β are each head's own.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hybridize.ops.delta_rule import fla_kernels
+from hybridize.ops.delta_rule.checks import check_sequences, check_step
+from hybridize.ops.delta_rule.step import delta_rule_step
+from hybridize.ops.kimi_delta.chunked import kimi_delta_attention_chunked
+from hybridize.ops.kimi_delta.fla import kimi_delta_attention_fla, kimi_delta_attention_step_fla
+from hybridize.ops.kimi_delta.reference import kimi_delta_attention_reference
+
+__all__ = ["BACKENDS", "kimi_delta_attention", "kimi_delta_attention_step"]
+
+BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": kimi_delta_attention_reference,
+    "chunked": kimi_delta_attention_chunked,
+    "fla": kimi_delta_attention_fla,
+}
+
+
+def kimi_delta_attention(
+    q_BLHK: Tensor,
+    k_BLGK: Tensor,
+    v_BLGV: Tensor,
+    g_BLHK: Tensor,
+    beta_BLH: Tensor,
+    *,
+    scale: float | None = None,
+    starts_BL: Tensor | None = None,
+    initial_state_BHKV: Tensor | None = None,
+    return_final_state: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the recurrence over whole sequences, several documents in a row if need be.
+
+    States and decays are in fp32, in fp64 if q is. Every tensor but `starts_BL` gets its gradient. It is stable where
+    β |k|² stays below 2.
+
+    Args:
+        q_BLHK: queries, [B, L, H, K]; fp64, fp32, bf16 or fp16.
+        k_BLGK: keys, one per group, [B, L, G, K].
+        v_BLGV: values, one per group, [B, L, G, V].
+        g_BLHK: logarithms of the decays, at most 0, [B, L, H, K].
+        beta_BLH: strengths of erasing and writing, [B, L, H].
+        scale: factor of what is read; default: K^-0.5.
+        starts_BL: bool, True at the first token of each document, [B, L]: the state, the initial one included, is
+            zero before that token. None: one document, going on from the initial state.
+        initial_state_BHKV: state before the first token, [B, H, K, V]; zero by default.
+        return_final_state: whether to return the state after the last token.
+        backend: `reference`, `chunked`, `fla`, or None: `fla` in half precision on CUDA where it is installed, else
+            `chunked`.
+
+    Returns:
+        o [B, L, H, V] in q's dtype, and the final state [B, H, K, V] in fp32 (fp64) or None.
+
+    Raises:
+        ValueError: a shape, a dtype or the backend does not fit; names the argument, the value, the remedy.
+    """
+    check_sequences(
+        q_BLHK, k_BLGK, v_BLGV, ("g_BLHK", g_BLHK), beta_BLH, starts_BL, initial_state_BHKV, per_channel=True
+    )
+    if backend is None:
+        backend = "fla" if fla_kernels.takes(q_BLHK, v_BLGV) else "chunked"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r} is unknown; use one of {', '.join(BACKENDS)}, or None")
+    o_BLHV, state_BHKV = BACKENDS[backend](
+        q_BLHK,
+        k_BLGK,
+        v_BLGV,
+        g_BLHK,
+        beta_BLH,
+        scale=q_BLHK.shape[-1] ** -0.5 if scale is None else scale,
+        starts_BL=starts_BL,
+        initial_state_BHKV=initial_state_BHKV,
+    )
+    return o_BLHV, state_BHKV if return_final_state else None
+
+
+def kimi_delta_attention_step(
+    state_BHKV: Tensor,
+    q_BHK: Tensor,
+    k_BGK: Tensor,
+    v_BGV: Tensor,
+    g_BHK: Tensor,
+    beta_BH: Tensor,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advance the state by one token.
+
+    Args:
+        state_BHKV: state before the token, [B, H, K, V]; left as it is.
+        q_BHK: queries, [B, H, K].
+        k_BGK: keys, one per group, [B, G, K].
+        v_BGV: values, one per group, [B, G, V].
+        g_BHK: logarithms of the decays, at most 0, [B, H, K].
+        beta_BH: strengths of erasing and writing, [B, H].
+        scale: factor of what is read; default: K^-0.5.
+
+    Returns:
+        o [B, H, V] in q's dtype, and the new state [B, H, K, V] in fp32 (fp64 if q is).
+
+    Raises:
+        ValueError: a shape does not fit; names the argument, its value and the remedy.
+    """
+    check_step(state_BHKV, q_BHK, k_BGK, v_BGV, ("g_BHK", g_BHK), beta_BH, per_channel=True)
+    scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
+    if fla_kernels.takes_step(q_BHK, v_BGV, k_BGK, g_BHK, beta_BH, state_BHKV):
+        return kimi_delta_attention_step_fla(state_BHKV, q_BHK, k_BGK, v_BGV, g_BHK, beta_BH, scale)
+    dtype = torch.promote_types(q_BHK.dtype, torch.float32)
+    decay_BHK = torch.exp(g_BHK.to(dtype))
+    return delta_rule_step(state_BHKV, q_BHK, k_BGK, v_BGV, decay_BHK, beta_BH, scale)

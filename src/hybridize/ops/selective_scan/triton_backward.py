@@ -1,0 +1,281 @@
+"""The scan's backward kernels.
+
+States are not stored: each tile's are computed again from the state kept before its chunk. As in the forward pass the
+sequence is cut into segments: a first kernel learns what gradient each segment alone hands to the state before it, the
+carry kernel passes gradients from segment to segment, and the last one does the work, tile by tile from the end. Every
+sum is made in a fixed order, so the result is the same from run to run.
+
+Legend: as in `triton_forward`; `parts` are the programs among which a head's or a group's channels are split.
+"""
+
+import triton
+import triton.language as tl
+
+from hybridize.ops.selective_scan.triton_parts import (
+    LN2,
+    channel_offsets,
+    first_token,
+    last_token,
+    load_decay_rates,
+    load_rows,
+    load_states,
+    load_steps,
+    pinned,
+    scan_carry,
+    scan_grads,
+    scan_states,
+    scan_states_kept,
+    sigmoid,
+    state_offsets,
+    store_rows,
+    sum_states,
+)
+
+
+@triton.jit
+def segment_grads_kernel(
+    dy_ptr,
+    dt_ptr,
+    A_ptr,
+    C_ptr,
+    bias_ptr,
+    z_ptr,
+    starts_ptr,
+    grad_ptr,  # [B, S, D, N], out: the gradient of the state before each segment, from this segment alone
+    total_ptr,  # [B, S, D], out: the sum of its step sizes
+    length,
+    tiles_per_segment,
+    num_segments,
+    num_channels,
+    dy_stride_b,
+    dy_stride_t,
+    dt_stride_b,
+    dt_stride_t,
+    C_stride_b,
+    C_stride_t,
+    z_stride_b,
+    z_stride_t,
+    N: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    T: tl.constexpr,
+    HEADS: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    W: tl.constexpr,
+    R: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    blocks_per_head: tl.constexpr = (PER_HEAD + PER_BLOCK - 1) // PER_BLOCK
+    head_block = tl.program_id(0) // blocks_per_head
+    segment = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    channel_C, valid_C = channel_offsets(head_block, tl.program_id(0) % blocks_per_head, PER_HEAD, HEADS, PER_BLOCK)
+    offset_RCW, valid_RCW = state_offsets(channel_C, valid_C, N, W, R)
+    A_RCW = load_decay_rates(A_ptr, offset_RCW, valid_RCW)
+    bias_C = tl.zeros([HEADS * PER_BLOCK], tl.float32)
+    if HAS_BIAS:
+        bias_C = tl.load(bias_ptr + channel_C, mask=valid_C, other=0.0)
+    first = segment.to(tl.int64) * tiles_per_segment * T
+    dy_ptr += row * dy_stride_b + first * dy_stride_t
+    dt_ptr += row * dt_stride_b + first * dt_stride_t
+    C_ptr += row * C_stride_b + first * C_stride_t + head_block * HEADS * N
+    z_ptr += row * z_stride_b + first * z_stride_t
+    starts_ptr += row * length + first
+    left = length - first.to(tl.int32)
+    carry_RCW = tl.zeros([R, HEADS * PER_BLOCK, W], tl.float32)
+    total_C = tl.zeros([HEADS * PER_BLOCK], tl.float32)
+    for step in tl.range(0, tiles_per_segment, num_stages=STAGES):
+        token_T = (tiles_per_segment - 1 - step) * T + tl.arange(0, T)
+        dy_TC = load_rows(dy_ptr, token_T, left, dy_stride_t, channel_C, valid_C)
+        if HAS_Z:
+            z_TC = load_rows(z_ptr, token_T, left, z_stride_t, channel_C, valid_C)
+            dy_TC *= z_TC * sigmoid(z_TC)
+        dt_TC = load_rows(dt_ptr, token_T, left, dt_stride_t, channel_C, valid_C)
+        C_TRCW = load_states(C_ptr, token_T, left, C_stride_t, N, HEADS, PER_BLOCK, W, R)
+        _, gap_TC = load_steps(dt_TC, starts_ptr, token_T, left, bias_C, valid_C, SOFTPLUS, HAS_STARTS)
+        decay_TRCW = tl.exp2(gap_TC[:, None, :, None] * A_RCW[None])
+        grad_TRCW = dy_TC[:, None, :, None] * C_TRCW
+        carry_RCW = first_token(scan_carry(decay_TRCW, grad_TRCW, carry_RCW))
+        total_C += tl.sum(gap_TC, axis=0)
+    index = row * num_segments + segment
+    tl.store(grad_ptr + index * num_channels * N + offset_RCW, carry_RCW, mask=valid_RCW)
+    tl.store(total_ptr + index * num_channels + channel_C, total_C, mask=valid_C)
+
+
+@triton.jit
+def scan_backward_kernel(
+    dy_ptr,
+    x_ptr,
+    dt_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    bias_ptr,
+    z_ptr,
+    starts_ptr,
+    kept_ptr,  # [B, chunks, D, N]: the state before each chunk of CHUNK tiles
+    after_ptr,  # [B, S, D, N]: the gradient of the state after each segment
+    dx_ptr,  # [B, L, D], out, as are ddt and dz
+    ddt_ptr,
+    dB_ptr,  # [B, L, G, parts, N], out
+    dC_ptr,  # [B, L, H, parts, N], out
+    dz_ptr,
+    dA_ptr,  # [B, S, D, N], out: each segment's sum
+    dD_ptr,  # [B, S, D], out, as is dbias
+    dbias_ptr,
+    dinitial_ptr,  # [B, D, N], out
+    length,
+    tiles_per_segment,
+    num_segments,
+    num_channels,
+    num_kept,
+    dy_stride_b,
+    dy_stride_t,
+    x_stride_b,
+    x_stride_t,
+    dt_stride_b,
+    dt_stride_t,
+    B_stride_b,
+    B_stride_t,
+    C_stride_b,
+    C_stride_t,
+    z_stride_b,
+    z_stride_t,
+    N: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    HEADS_PER_GROUP: tl.constexpr,
+    SOFTPLUS: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_Z: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    HAS_AFTER: tl.constexpr,
+    CHUNK: tl.constexpr,
+    T: tl.constexpr,
+    HEADS: tl.constexpr,
+    PER_BLOCK: tl.constexpr,
+    W: tl.constexpr,
+    R: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    blocks_per_head: tl.constexpr = (PER_HEAD + PER_BLOCK - 1) // PER_BLOCK
+    channels: tl.constexpr = HEADS * PER_BLOCK
+    head_block = tl.program_id(0) // blocks_per_head
+    channel_block = tl.program_id(0) % blocks_per_head
+    segment = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    channel_C, valid_C = channel_offsets(head_block, channel_block, PER_HEAD, HEADS, PER_BLOCK)
+    offset_RCW, valid_RCW = state_offsets(channel_C, valid_C, N, W, R)
+    A_RCW = load_decay_rates(A_ptr, offset_RCW, valid_RCW)
+    bias_C = tl.zeros([channels], tl.float32)
+    if HAS_BIAS:
+        bias_C = tl.load(bias_ptr + channel_C, mask=valid_C, other=0.0)
+    D_C = tl.zeros([channels], tl.float32)
+    if HAS_D:
+        D_C = tl.load(D_ptr + channel_C, mask=valid_C, other=0.0)
+    index = row * num_segments + segment
+    carry_RCW = tl.zeros([R, channels, W], tl.float32)
+    if HAS_AFTER:
+        after_ptr += index * num_channels * N
+        carry_RCW = tl.load(after_ptr + offset_RCW, mask=valid_RCW, other=0.0).to(tl.float32)
+
+    head = head_block * HEADS
+    group = head // HEADS_PER_GROUP
+    num_heads = num_channels // PER_HEAD
+    # Where a program's share of dB and dC goes: its group's and heads' slot, or one part of it.
+    parts_B: tl.constexpr = HEADS_PER_GROUP // HEADS * blocks_per_head
+    part_B = (head_block % (HEADS_PER_GROUP // HEADS)) * blocks_per_head + channel_block
+    dB_stride_t = num_heads // HEADS_PER_GROUP * parts_B * N
+    dC_stride_t = num_heads * blocks_per_head * N
+    first = segment.to(tl.int64) * tiles_per_segment * T
+    dy_ptr += row * dy_stride_b + first * dy_stride_t
+    x_ptr += row * x_stride_b + first * x_stride_t
+    dt_ptr += row * dt_stride_b + first * dt_stride_t
+    B_ptr += row * B_stride_b + first * B_stride_t + group * N
+    C_ptr += row * C_stride_b + first * C_stride_t + head * N
+    z_ptr += row * z_stride_b + first * z_stride_t
+    dx_ptr += (row * length + first) * num_channels
+    ddt_ptr += (row * length + first) * num_channels
+    dz_ptr += (row * length + first) * num_channels
+    dB_ptr += (row * length + first) * dB_stride_t + (group * parts_B + part_B) * N
+    dC_ptr += (row * length + first) * dC_stride_t + (head * blocks_per_head + channel_block) * N
+    starts_ptr += row * length + first
+    kept_stride = num_channels.to(tl.int64) * N
+    kept_ptr += (row * num_kept + segment * tiles_per_segment // CHUNK) * kept_stride
+    left = length - first.to(tl.int32)
+    index_K = tl.arange(0, HEADS * W * R)
+    head_K, state_K = index_K // (W * R), index_K % (W * R)
+
+    dA_RCW = tl.zeros([R, channels, W], tl.float32)
+    dD_C = tl.zeros([channels], tl.float32)
+    dbias_C = tl.zeros([channels], tl.float32)
+    # A last tile past the end of the sequence holds nothing.
+    num_tiles = tl.minimum(tiles_per_segment, (left + T - 1) // T)
+    for step in tl.range(0, num_tiles, num_stages=STAGES):
+        tile = num_tiles - 1 - step
+        token_T = tile * T + tl.arange(0, T)
+        kept = kept_ptr + tile // CHUNK * kept_stride
+        state_RCW = tl.load(kept + offset_RCW, mask=valid_RCW, other=0.0)
+        if CHUNK > 1:
+            for before in range(tile // CHUNK * CHUNK, tile):
+                token_before_T = before * T + tl.arange(0, T)
+                x_TC = load_rows(x_ptr, token_before_T, left, x_stride_t, channel_C, valid_C)
+                dt_TC = load_rows(dt_ptr, token_before_T, left, dt_stride_t, channel_C, valid_C)
+                B_TRGW = load_states(B_ptr, token_before_T, left, B_stride_t, N, 1, 1, W, R)
+                delta_TC, gap_TC = load_steps(
+                    dt_TC, starts_ptr, token_before_T, left, bias_C, valid_C, SOFTPLUS, HAS_STARTS
+                )
+                decay_TRCW = tl.exp2(gap_TC[:, None, :, None] * A_RCW[None])
+                drive_TRCW = pinned(delta_TC * x_TC)[:, None, :, None] * B_TRGW
+                state_RCW = last_token(scan_states(decay_TRCW, drive_TRCW, state_RCW))
+
+        x_TC = load_rows(x_ptr, token_T, left, x_stride_t, channel_C, valid_C)
+        dt_TC = load_rows(dt_ptr, token_T, left, dt_stride_t, channel_C, valid_C)
+        dy_TC = load_rows(dy_ptr, token_T, left, dy_stride_t, channel_C, valid_C)
+        B_TRGW = load_states(B_ptr, token_T, left, B_stride_t, N, 1, 1, W, R)
+        C_TRCW = load_states(C_ptr, token_T, left, C_stride_t, N, HEADS, PER_BLOCK, W, R)
+        delta_TC, gap_TC = load_steps(dt_TC, starts_ptr, token_T, left, bias_C, valid_C, SOFTPLUS, HAS_STARTS)
+        drive_TC = pinned(delta_TC * x_TC)
+        decay_TRCW = tl.exp2(gap_TC[:, None, :, None] * A_RCW[None])
+        state_TRCW, kept_TRCW = scan_states_kept(decay_TRCW, drive_TC[:, None, :, None] * B_TRGW, state_RCW)
+        if HAS_Z:
+            z_TC = load_rows(z_ptr, token_T, left, z_stride_t, channel_C, valid_C)
+            gate_TC = sigmoid(z_TC)
+            ungated_TC = sum_states(state_TRCW * C_TRCW) + D_C[None, :] * x_TC
+            dz_TC = dy_TC * ungated_TC * gate_TC * (1.0 + z_TC * (1.0 - gate_TC))
+            store_rows(dz_ptr, dz_TC, token_T, left, num_channels, channel_C, valid_C)
+            dy_TC *= z_TC * gate_TC
+        dy_TRCW = tl.broadcast_to(dy_TC[:, None, :, None], state_TRCW.shape)
+        dC_TRHW = tl.sum(tl.reshape(dy_TRCW * state_TRCW, [T, R, HEADS, PER_BLOCK, W]), axis=3)
+        grad_TRCW, carry_TRCW = scan_grads(decay_TRCW, dy_TRCW * C_TRCW, carry_RCW)
+        carry_RCW = first_token(carry_TRCW)
+        dB_TRW = tl.sum(grad_TRCW * drive_TC[:, None, :, None], axis=2)
+        ddrive_TC = sum_states(grad_TRCW * B_TRGW)
+        # The exponent delta A: its gradient is g_t decay_t s_{t-1}, exactly 0 where a document starts.
+        dexponent_TRCW = grad_TRCW * kept_TRCW
+        dA_RCW += tl.sum(dexponent_TRCW * delta_TC[:, None, :, None], axis=0)
+        ddelta_TC = sum_states(dexponent_TRCW * A_RCW[None]) * LN2 + ddrive_TC * x_TC
+        ddt_TC = ddelta_TC
+        if SOFTPLUS:
+            ddt_TC = ddelta_TC * sigmoid(dt_TC + bias_C[None, :])
+        ddt_TC = tl.where((token_T < left)[:, None], ddt_TC, 0.0)
+        store_rows(ddt_ptr, ddt_TC, token_T, left, num_channels, channel_C, valid_C)
+        dbias_C += tl.sum(ddt_TC, axis=0)
+        dx_TC = ddrive_TC * delta_TC + D_C[None, :] * dy_TC
+        store_rows(dx_ptr, dx_TC, token_T, left, num_channels, channel_C, valid_C)
+        dD_C += tl.sum(dy_TC * x_TC, axis=0)
+        dB_TK = tl.reshape(tl.permute(dB_TRW, [0, 2, 1]), [T, W * R])
+        state_N = tl.arange(0, W * R)
+        store_rows(dB_ptr, dB_TK, token_T, left, dB_stride_t, state_N, state_N < N)
+        dC_TK = tl.reshape(tl.permute(dC_TRHW, [0, 2, 3, 1]), [T, HEADS * W * R])
+        store_rows(dC_ptr, dC_TK, token_T, left, dC_stride_t, head_K * blocks_per_head * N + state_K, state_K < N)
+
+    tl.store(dA_ptr + index * num_channels * N + offset_RCW, dA_RCW, mask=valid_RCW)
+    tl.store(dD_ptr + index * num_channels + channel_C, dD_C, mask=valid_C)
+    tl.store(dbias_ptr + index * num_channels + channel_C, dbias_C, mask=valid_C)
+    if segment == 0:
+        tl.store(dinitial_ptr + row * num_channels * N + offset_RCW, carry_RCW, mask=valid_RCW)

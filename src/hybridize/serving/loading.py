@@ -1,0 +1,90 @@
+"""Loading a hybrid's own tensors, each of them accounted for. Imports no vllm.
+
+Tensors of the mixers go where the checkpoint's names say; all others go the way that vLLM has for the family. A tensor
+of a replaced layer that nobody knows, that has another shape, or that is missing, is an error: no layer is ever served
+with what happened to be in its memory.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hybridize.serving.shards import Rule, take_part
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a tensor of the checkpoint goes.
+
+    Attributes:
+        parameter: what this rank has of it.
+        rule: which part that is; None: all.
+    """
+
+    parameter: nn.Parameter
+    rule: Rule | None
+
+
+class HybridWeights:
+    """Takes the tensors of a hybrid's own layers out of a checkpoint's stream.
+
+    Args:
+        targets: the parameters to fill, by the tensors' names in the checkpoint.
+        closed: the prefixes below which every tensor of the checkpoint must be a target.
+        elsewhere: the prefixes of replaced layers that other pipeline stages have.
+        rank: of this process among those that share the mixers.
+        num_ranks: how many there are.
+    """
+
+    def __init__(
+        self,
+        targets: Mapping[str, Target],
+        closed: Iterable[str],
+        elsewhere: Iterable[str],
+        rank: int,
+        num_ranks: int,
+    ) -> None:
+        self.targets = targets
+        self.closed, self.elsewhere = tuple(closed), tuple(elsewhere)
+        self.rank, self.num_ranks = rank, num_ranks
+        self.loaded: set[str] = set()
+
+    def take(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Fill the targets from a stream of tensors and pass on what belongs to the rest of the model.
+
+        Raises:
+            ValueError: a tensor belongs to no part of its layer, or has another shape; names it and the remedy.
+        """
+        for name, tensor in weights:
+            if name in self.targets:
+                self._fill(name, tensor)
+            elif name.startswith(self.closed):
+                raise ValueError(
+                    f"{name}: the checkpoint has this tensor, but the layer's mixer, as config.json describes it, has "
+                    "none of that name; convert the model again"
+                )
+            elif not name.startswith(self.elsewhere):
+                yield name, tensor
+
+    def check_complete(self) -> None:
+        """Raise a `ValueError` naming the targets that nothing has filled."""
+        missing = sorted(self.targets.keys() - self.loaded)
+        if missing:
+            some = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            raise ValueError(f"the checkpoint lacks tensors that its mixers need: {some}; convert the model again")
+
+    def _fill(self, name: str, tensor: Tensor) -> None:
+        target = self.targets[name]
+        try:
+            part = take_part(tensor, target.rule, self.rank, self.num_ranks)
+        except ValueError as error:
+            raise ValueError(f"{name}: the checkpoint's tensor has {error}; convert the model again") from None
+        if part.shape != target.parameter.shape:
+            raise ValueError(
+                f"{name}: the checkpoint's tensor has shape {tuple(tensor.shape)}, of which this rank has "
+                f"{tuple(part.shape)}, but by config.json it should be {tuple(target.parameter.shape)}; convert the "
+                "model again"
+            )
+        target.parameter.data.copy_(part)
+        self.loaded.add(name)
