@@ -127,11 +127,51 @@ def test_convert_without_layers_is_the_teacher_bit_for_bit(capsys, tiny_teacher,
         assert torch.equal(one(ids).logits, two(ids).logits)
 
 
+def test_a_layout_of_letters_is_converted_and_explained(capsys, tiny_teacher, tmp_path):
+    code, text, _ = hybridize(capsys, "convert", tiny_teacher, tmp_path / "mixed", "--layout", "misa", "--explain")
+    assert code == 0
+    assert "layout misa" in text
+    assert "layer 0: becomes mamba1" in text
+    assert "layer 1: becomes identity" in text
+    assert "layer 2: becomes sliding_window" in text
+    assert "layer 3: stays attention" in text
+
+
+def test_a_hybrid_goes_to_the_released_format_and_comes_back(capsys, hybrid, tmp_path):
+    from safetensors.torch import load_file
+
+    code, text, _ = hybridize(capsys, "export", hybrid, tmp_path / "theirs")
+    assert code == 0
+    assert "halved" in text
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"] == "apriel_hybrid_ssm"
+    assert hybridize(capsys, "import", tmp_path / "theirs", tmp_path / "ours")[0] == 0
+    before, after = (load_file(folder / "model.safetensors") for folder in (hybrid, tmp_path / "ours"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        factor = 2 if name.endswith("dt_proj.bias") else 1  # it comes back to be added twice
+        assert (factor * after[name]).equal(tensor), name
+
+
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_a_checkpoint_of_the_wrong_format_is_named(capsys, tiny_teacher, tmp_path, verb):
+    code, _, error = hybridize(capsys, verb, tiny_teacher, tmp_path / "out")
+    assert code == 2
+    assert "model_type" in error
+    assert not (tmp_path / "out").exists()
+    option = "--from" if verb == "import" else "--to"
+    code, _, error = hybridize(capsys, verb, tiny_teacher, tmp_path / "out", option, "jamba")
+    assert code == 2
+    assert f"{option}: 'jamba' is unknown; use one of apriel-h1" in error
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--layers", "3,9"], "--layers[1]: the teacher has no layer 9; it has 4, use 0..3"),
-        (["--layers", "1", "--mixer", "mamba"], "did you mean 'mamba1'?"),
+        (["--layers", "1", "--mixer", "mamba"], "did you mean 'mamba2'?"),
+        (["--layout", "amx"], "--layout[2]: 'x' stands for nothing; use a (attention), m (mamba1)"),
+        (["--layout", "am"], "it has 2 layers, but the model has 4"),
+        (["--layout", "amaa", "--layers", "1"], "--layout: it says what every layer becomes"),
         (["--layers", "x"], "--layers: 'x' is no list of numbers"),
         (["--layers", "1", "--init", "alined"], "did you mean 'aligned'?"),
         ([], "say which layers"),

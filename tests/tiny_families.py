@@ -58,12 +58,17 @@ TINY = {
 }
 
 
-def build_teacher(model_type):
-    """The teacher, with no parameter at a value, such as a bias of 0, at which it might as well not be there."""
+def build_teacher(model_type, **changes):
+    """The teacher, with no parameter at a value, such as a bias of 0, at which it might as well not be there.
+
+    Args:
+        model_type: of the family's row.
+        **changes: to its config, such as the implementation of its attention.
+    """
     torch.manual_seed(0)
     row = FAMILIES[model_type]
     fields = {name: value for name, value in (SIZES | TINY[model_type]).items() if value is not None}
-    teacher = row.teacher_model()(row.teacher_config()(**fields, eos_token_id=None)).eval()
+    teacher = row.teacher_model()(row.teacher_config()(**fields | changes, eos_token_id=None)).eval()
     with torch.no_grad():
         for parameter in teacher.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)

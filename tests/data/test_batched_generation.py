@@ -1,4 +1,4 @@
-"""Batched generation: the distribution that is sampled, and that an answer depends on its own numbers alone."""
+"""Batched generation: an answer depends on its own numbers alone, and ends at its own limit."""
 
 import sys
 from types import SimpleNamespace
@@ -12,15 +12,13 @@ from hybridize.data.chat import render_prompt
 from hybridize.data.generation import (
     GenerationSettings,
     Request,
-    Sampler,
     TransformersEngine,
     VllmEngine,
     answer,
-    draw_uniform,
     generate_texts,
     make_requests,
-    stop_tokens,
 )
+from hybridize.data.sampling import end_tokens_of
 from hybridize.data.world import TASKS, draw_problem
 
 PROMPTS = [draw_problem(task, 1, "train", i).messages[:1] for i in range(2) for task in TASKS]
@@ -43,46 +41,6 @@ def tiny(tiny_teacher):
     tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(100, 140)]
     return model, tokenizer
-
-
-def draw(logits, num, **options):
-    """How often each token is drawn, of `num` times."""
-    uniform = draw_uniform([Request([], 1, i) for i in range(num)], seed=0)
-    scores = Sampler(uniform, **options)(None, torch.tensor(logits).expand(num, -1))
-    assert (torch.isfinite(scores).sum(-1) == 1).all()
-    return torch.bincount(scores.argmax(-1), minlength=len(logits)) / num
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_sampling_follows_the_tempered_distribution(temperature):
-    logits = [0.3, -1.0, 2.0, 1.9, -30.0, 0.3]
-    expected = torch.softmax(torch.tensor(logits) / temperature, -1)
-    num = 10_000
-    seen = draw(logits, num, temperature=temperature, top_p=1.0)
-    assert ((seen - expected).abs() <= 4.5 * (expected * (1 - expected) / num).sqrt() + 1e-9).all()
-
-
-@pytest.mark.parametrize(
-    ("top_p", "kept"),
-    [(0.01, [1]), (0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.75, [1, 3, 0]), (1.0, [0, 1, 2, 3])],
-)
-def test_the_nucleus_is_the_likeliest_tokens_that_reach_top_p(top_p, kept):
-    probs = torch.tensor([0.2, 0.4, 0.1, 0.3])
-    seen = draw(probs.log().tolist(), 20_000, temperature=1.0, top_p=top_p)
-    assert set(seen.nonzero().flatten().tolist()) == set(kept)
-    expected = torch.zeros(4)
-    expected[kept] = probs[kept] / probs[kept].sum()
-    torch.testing.assert_close(seen, expected, atol=0.02, rtol=0)
-
-
-def test_uniform_numbers_belong_to_prompt_sample_and_seed():
-    def row(prompt, sample, seed=0, size=5):
-        return draw_uniform([Request([], size, prompt, sample)], seed)[0].tolist()
-
-    rows = [row(0, 0), row(0, 1), row(1, 0), row(0, 0, seed=1)]
-    assert len({tuple(r) for r in rows}) == 4
-    assert row(0, 0, size=9)[:5] == row(0, 0)
-    assert draw_uniform([Request([], 2, 3, 1), Request([], 5, 0, 0)], 0)[1].tolist() == row(0, 0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -112,10 +70,37 @@ def test_greedy_is_what_transformers_gives_alone(tiny):
     for messages in PROMPTS[:3]:
         ids = torch.tensor([render_prompt(tokenizer, messages)])
         expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False)
-        expected = [token for token in expected[0, ids.shape[1] :].tolist() if token not in stop_tokens(*tiny)]
+        expected = [token for token in expected[0, ids.shape[1] :].tolist() if token not in end_tokens_of(*tiny)]
         [[generated]] = generate_texts(model, tokenizer, [messages], GenerationSettings(20))
         assert generated.text == tokenizer.decode(expected)
         assert generated.num_tokens == len(expected)
+
+
+def test_an_answer_is_cut_at_its_own_limit(tiny):
+    """Also where others in the batch go on, and where it would have ended just behind it."""
+    model, tokenizer = tiny
+    ends = end_tokens_of(*tiny)
+    ids = [render_prompt(tokenizer, messages) for messages in PROMPTS]
+    engine = TransformersEngine(model, tokenizer, GenerationSettings(20, 1.0))
+    free = engine.generate([Request(prompt, 20, number) for number, prompt in enumerate(ids)])
+    limits = [max(1, generated.num_tokens) if generated.ended else 7 for generated in free]
+    cut = engine.generate([Request(*one, number) for number, one in enumerate(zip(ids, limits, strict=True))])
+    assert any(generated.ended for generated in free)
+    for whole, part, limit in zip(free, cut, limits, strict=True):
+        if whole.num_tokens:
+            assert (part.num_tokens, part.ended) == (limit, False)
+            assert whole.text.startswith(part.text)
+        else:
+            assert part == whole, "ended by its first token"
+    assert len(ends) > 1
+
+
+def test_nothing_is_kept_for_gradients(tiny, monkeypatch):
+    model, tokenizer = tiny
+    seen, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **o: seen.append(torch.is_inference_mode_enabled()) or generate(**o))
+    generate_texts(model, tokenizer, PROMPTS[:1], GenerationSettings(2))
+    assert seen == [True]
 
 
 def test_answers_fit_into_the_model(tiny, monkeypatch):

@@ -6,32 +6,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from hybridize.importance import LayerOrder, Ranking
 from hybridize.spec import Mamba1Spec
 from hybridize.spec.stages import RankStage
+from tiny_families import NUM_LAYERS, SIZES
 
-NUM_LAYERS = 4
-VOCABULARY = 61
+VOCABULARY = SIZES["vocab_size"]
 LENGTH = 24
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": NUM_LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
 
 
 def build_teacher(family="mistral", **changes):
     torch.manual_seed(0)
     if family == "mistral":
-        model = MistralForCausalLM(MistralConfig(**SIZES | {"sliding_window": 6} | changes))
+        model = MistralForCausalLM(MistralConfig(**SIZES | {"sliding_window": 6, "eos_token_id": None} | changes))
     else:
-        model = LlamaForCausalLM(LlamaConfig(**SIZES | {"tie_word_embeddings": True} | changes))
+        model = LlamaForCausalLM(LlamaConfig(**SIZES | {"tie_word_embeddings": True, "eos_token_id": None} | changes))
     return model.eval().requires_grad_(False)
 
 

@@ -4,12 +4,12 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from family_example import NUM_LAYERS, build_member
-from ranking_example import build_teacher
+from ranking_example import build_teacher as build_plain
 
 from hybridize.importance.changes import left_out, windowed
 from hybridize.importance.decoder import decoder_layers
 from hybridize.models import FAMILIES, attention_module, find_family
+from tiny_families import NUM_LAYERS, build_teacher
 
 DOCUMENTS = (11, 7)
 POSITIONS = torch.cat([torch.arange(length) for length in DOCUMENTS])[None]
@@ -27,21 +27,21 @@ def final(model, tokens, positions=POSITIONS):
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_left_out_mixer_adds_nothing(model_type):
-    model, tokens = build_member(model_type), draw(1, sum(DOCUMENTS))
+    model, tokens = build_teacher(model_type), draw(1, sum(DOCUMENTS))
     whole = final(model, tokens)
     with left_out(model, 1, "mixer"):
         without = final(model, tokens)
     assert torch.equal(final(model, tokens), whole)
     output = attention_module(model, 1).get_submodule(find_family(model_type).o)
     for parameter in output.parameters():
-        parameter.zero_()
+        parameter.data.zero_()
     torch.testing.assert_close(without, final(model, tokens), rtol=0, atol=0)
     assert not torch.allclose(without, whole, atol=1e-3)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_left_out_block_is_a_model_with_a_layer_less(model_type):
-    model, tokens = build_member(model_type), draw(1, sum(DOCUMENTS))
+    model, tokens = build_teacher(model_type), draw(1, sum(DOCUMENTS))
     last = NUM_LAYERS - 1
     with left_out(model, last, "block"):
         without = final(model, tokens)
@@ -54,7 +54,7 @@ def test_a_left_out_block_is_a_model_with_a_layer_less(model_type):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_greedy_generation_with_a_layer_left_out_needs_no_other_cache(model_type, identity):
     """Layer 0 is the one that caches are asked for their length; the others bound what slides."""
-    model = build_member(model_type)
+    model = build_teacher(model_type)
     tokens, mask = draw(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0  # a shorter prompt, padded on the left
     for layer in (0, 1):
@@ -70,7 +70,7 @@ def test_greedy_generation_with_a_layer_left_out_needs_no_other_cache(model_type
 @pytest.mark.parametrize("attention", [None, "eager"], ids=["default", "eager"])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_window_shows_the_last_tokens_of_the_document_and_no_more(model_type, attention):
-    model, tokens = build_member(model_type, attention), draw(1, sum(DOCUMENTS))
+    model, tokens = build_teacher(model_type, attn_implementation=attention), draw(1, sum(DOCUMENTS))
     layer, length = 1, sum(DOCUMENTS)
 
     with ExitStack() as changed:
@@ -92,8 +92,8 @@ def test_a_window_shows_the_last_tokens_of_the_document_and_no_more(model_type, 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("positions", [POSITIONS, torch.arange(18)[None]], ids=["packed", "one document"])
 def test_a_window_in_every_layer_is_a_model_with_a_sliding_window(attention, positions):
-    full = build_teacher("mistral", sliding_window=None, attn_implementation=attention)
-    sliding = build_teacher("mistral", sliding_window=WINDOW, attn_implementation=attention)
+    full = build_plain("mistral", sliding_window=None, attn_implementation=attention)
+    sliding = build_plain("mistral", sliding_window=WINDOW, attn_implementation=attention)
     tokens = draw(1, 18)
     with ExitStack() as changed:
         for layer in range(NUM_LAYERS):
@@ -104,7 +104,7 @@ def test_a_window_in_every_layer_is_a_model_with_a_sliding_window(attention, pos
 
 
 def test_a_window_as_long_as_the_rows_changes_no_bit():
-    model, tokens = build_teacher("llama"), draw(1, 18)
+    model, tokens = build_plain("llama"), draw(1, 18)
     whole = final(model, tokens)
     with windowed(model, 0, 18):
         assert torch.equal(final(model, tokens), whole)
@@ -114,7 +114,7 @@ def test_a_window_as_long_as_the_rows_changes_no_bit():
 
 
 def test_attention_that_takes_no_mask_is_refused():
-    model = build_teacher("llama")
+    model = build_plain("llama")
     model.config._attn_implementation = "flash_attention_2"
     with (
         pytest.raises(ValueError, match=r"window: .*'flash_attention_2'.* attn_implementation sdpa or eager"),

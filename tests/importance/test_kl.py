@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from family_example import build_member
 from ranking_example import NUM_LAYERS, build_teacher, draw_batch, rank_stage
 
 from hybridize.importance import kl, rank_layers
@@ -12,6 +11,7 @@ from hybridize.losses.divergence import dense_divergence
 from hybridize.models import attention_module, layout_of
 from hybridize.spec import Mamba1Spec
 from hybridize.transfer import convert
+from tiny_families import build_teacher as build_family
 
 MIXER = Mamba1Spec(state_size=4)
 
@@ -216,7 +216,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_place(batches, heldout, st
 
 @pytest.mark.parametrize("model_type", ["gpt_neox", "qwen3", "mixtral"])
 def test_other_families_are_ranked_too(model_type, batches, heldout, stage, tmp_path):
-    teacher = build_member(model_type)
+    teacher = build_family(model_type)
     ranking = rank_layers(teacher, teacher, batches, heldout, stage, state_dir=tmp_path)
     assert len(set(ranking.scores.values())) == NUM_LAYERS
 

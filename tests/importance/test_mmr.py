@@ -2,7 +2,6 @@ import json
 
 import pytest
 import torch
-from family_example import build_member
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranking_example import NUM_LAYERS, build_teacher, draw_batch, rank_stage
@@ -15,6 +14,7 @@ from hybridize.losses.divergence import dense_divergence
 from hybridize.models import attention_module, convert_model, layout_of
 from hybridize.spec import LayoutSpec, Mamba1Spec
 from hybridize.transfer import convert, replace_layer
+from tiny_families import build_teacher as build_family
 
 MIXER = Mamba1Spec(state_size=4)
 
@@ -257,7 +257,7 @@ def test_state_files_say_what_they_are(batches, heldout, stage, tmp_path):
 @pytest.mark.parametrize("model_type", ["gemma2", "granite", "cohere2", "gpt_neox", "qwen3_moe"])
 def test_every_familys_logits_are_its_own(model_type, batches, heldout, stage, tmp_path):
     """Some scale or bound their logits; the divergence is that of the logits which the models give."""
-    teacher = build_member(model_type)
+    teacher = build_family(model_type)
     ranking = rank_layers(teacher, teacher, batches, heldout, stage, state_dir=tmp_path)
     num_heldout = sum(int(batch["valid"].sum()) for batch in heldout)
     for layer in (0, NUM_LAYERS - 1):

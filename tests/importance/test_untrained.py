@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from family_example import build_member
 from ranking_example import NUM_LAYERS, build_teacher, draw_batch, rank_stage
 from torch.nn.functional import cross_entropy
 
@@ -13,6 +12,7 @@ from hybridize.importance.changes import left_out, windowed
 from hybridize.models import attention_module, layout_of
 from hybridize.spec import LayoutSpec, Mamba1Spec
 from hybridize.transfer import convert
+from tiny_families import build_teacher as build_family
 
 MIXER = Mamba1Spec(state_size=4)
 METHODS = ({"method": "loo"}, {"method": "loo", "identity": "block"}, {"method": "perplexity"}, {"method": "window"})
@@ -49,7 +49,7 @@ def plain_score(model, layer, stage, heldout):
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite", "gpt_neox"])
 def test_scores_are_the_losses_of_whole_models(model_type, settings, heldout, tmp_path):
     """Gemma bounds its logits, Granite divides them, GPT-NeoX names everything differently."""
-    teacher, stage = build_member(model_type), stage_of(**settings)
+    teacher, stage = build_family(model_type), stage_of(**settings)
     ranking = rank_layers(teacher, teacher, (), heldout, stage, state_dir=tmp_path)
     assert ranking.unit == "nat/token"
     assert ranking.before is None

@@ -14,6 +14,9 @@ from hybridize.spec.mixers import AttentionGeometry, AttentionSpec, Mamba1Spec
 HIDDEN = 20
 GEOMETRY = AttentionGeometry(hidden_size=HIDDEN, num_heads=6, num_kv_heads=2, head_dim=4)
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
+FULL: dict[str, Any] = {"qkv_bias": True, "output_bias": True, "qk_norm": "head", "norm_eps": 0.1, "gate_bias": True}
+WIDE: dict[str, Any] = {**FULL, "qk_norm": "width"}
+VARIANTS, NAMES = [{}, FULL, WIDE], ["plain", "full", "wide"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +34,12 @@ def make_mixer(dtype: torch.dtype = torch.float64, **changes: Any) -> Mamba1Mixe
         mixer.A_log.add_(torch.randn_like(mixer.A_log) * 0.3)
         mixer.D.add_(torch.randn_like(mixer.D))
         mixer.dt_proj.bias.add_(torch.randn_like(mixer.dt_proj.bias))
+        for parameter in (mixer.qkv_bias, mixer.gate_bias, mixer.out_proj.bias):
+            if parameter is not None:
+                parameter.add_(torch.randn_like(parameter))
+        for norm in (mixer.q_norm, mixer.k_norm):
+            if norm is not None:
+                norm.weight.add_(torch.randn_like(norm.weight) * 0.3)
     return mixer.to(dtype)
 
 
@@ -38,12 +47,25 @@ def make_hidden(length: int, batch: int = 2) -> Tensor:
     return torch.randn(batch, length, HIDDEN, dtype=torch.float64)
 
 
+def norm_rows(rows: Tensor, weight: Tensor) -> Tensor:
+    """An RMS norm, with eps 0.1, of as many channels at a time as there are weights."""
+    parts = [part / (part.square().mean(-1, keepdim=True) + 0.1).sqrt() for part in rows.split(len(weight), dim=-1)]
+    return torch.cat([part * weight for part in parts], dim=-1)
+
+
 def paper(mixer: Mamba1Mixer, hidden_LE: Tensor, double_bias: bool = False) -> Tensor:
     """One document, token by token and head by head, from the paper's formula alone."""
     states, heads = mixer.A_log.shape[1], mixer.D.shape[0] // mixer.A_log.shape[1]
     groups = (mixer.in_proj.out_features - 2 * mixer.D.shape[0]) // 2 // states
     d_inner, d_xb = heads * states, groups * states
+    weights = mixer.state_dict()
     z, x, b, c = mixer.in_proj(hidden_LE).split([d_inner, d_xb, d_xb, d_inner], dim=-1)
+    z = z + weights.get("gate_bias", 0.0)
+    if "qkv_bias" in weights:
+        x_bias, b_bias, c_bias = weights["qkv_bias"].split([d_xb, d_xb, d_inner])
+        x, b, c = x + x_bias, b + b_bias, c + c_bias
+    if "q_norm.weight" in weights:
+        b, c = (norm_rows(rows, weights[name]) for rows, name in ((b, "k_norm.weight"), (c, "q_norm.weight")))
     x = torch.cat([x[:, (h * groups // heads) * states :][:, :states] for h in range(heads)], dim=-1)
     taps = mixer.conv1d.weight.shape[-1]
     padded = torch.cat([x.new_zeros(taps - 1, d_inner), x]).t().unsqueeze(0)
@@ -67,10 +89,11 @@ def paper(mixer: Mamba1Mixer, hidden_LE: Tensor, double_bias: bool = False) -> T
     return mixer.out_proj(y * torch.nn.functional.silu(z))
 
 
+@pytest.mark.parametrize("changes", VARIANTS, ids=NAMES)
 @pytest.mark.parametrize("mode", ["single", "double"])
 @pytest.mark.parametrize("length", [1, 3, 41])
-def test_forward_equals_the_paper(length: int, mode: str) -> None:
-    mixer = make_mixer(dt_bias_mode=mode)
+def test_forward_equals_the_paper(length: int, mode: str, changes: dict[str, Any]) -> None:
+    mixer = make_mixer(dt_bias_mode=mode, **changes)
     hidden_BLE = make_hidden(length)
     out_BLE, state = mixer(hidden_BLE)
     assert state is None
@@ -100,11 +123,22 @@ def test_parameters_have_the_published_names_and_shapes() -> None:
         "D": (24,),
         "out_proj.weight": (HIDDEN, 24),
     }
+    full = {name: tuple(tensor.shape) for name, tensor in make_mixer(**FULL).state_dict().items()}
+    assert full == shapes | {
+        "qkv_bias": (2 * 8 + 24,),
+        "gate_bias": (24,),
+        "q_norm.weight": (4,),
+        "k_norm.weight": (4,),
+        "out_proj.bias": (HIDDEN,),
+    }
+    wide = make_mixer(**WIDE).state_dict()
+    assert (wide["q_norm.weight"].shape, wide["k_norm.weight"].shape) == ((24,), (8,))
 
 
+@pytest.mark.parametrize("changes", VARIANTS, ids=NAMES)
 @pytest.mark.parametrize("first", [1, 2, 30])
-def test_decode_steps_equal_the_whole_sequence(first: int) -> None:
-    mixer = make_mixer()
+def test_decode_steps_equal_the_whole_sequence(first: int, changes: dict[str, Any]) -> None:
+    mixer = make_mixer(**changes)
     hidden_BLE = make_hidden(40)
     whole, end = mixer(hidden_BLE, return_state=True)
     out, state = mixer(hidden_BLE[:, :first], return_state=True)
@@ -135,9 +169,10 @@ def packed_starts(lengths: list[int]) -> Tensor:
     return starts_BL
 
 
+@pytest.mark.parametrize("changes", VARIANTS, ids=NAMES)
 @pytest.mark.parametrize("lengths", [[7, 1, 2, 3, 80, 4], [1] * 9, [50, 50]], ids=str)
-def test_packed_documents_equal_separate_ones_with_gradients(lengths: list[int]) -> None:
-    mixer = make_mixer()
+def test_packed_documents_equal_separate_ones_with_gradients(lengths: list[int], changes: dict[str, Any]) -> None:
+    mixer = make_mixer(**changes)
     documents = [make_hidden(length, batch=1) for length in lengths]
     weights = [torch.randn_like(document) for document in documents]
     packed, end = mixer(torch.cat(documents, dim=1), starts_BL=packed_starts(lengths), return_state=True)
@@ -174,9 +209,10 @@ def test_a_start_forgets_the_given_state(length: int) -> None:
         torch.testing.assert_close(got[1], expected[1], **EXACT)
 
 
+@pytest.mark.parametrize("changes", VARIANTS, ids=NAMES)
 @pytest.mark.parametrize("num_padding", [1, 3, 20])
-def test_left_padding_changes_nothing(num_padding: int) -> None:
-    mixer = make_mixer()
+def test_left_padding_changes_nothing(num_padding: int, changes: dict[str, Any]) -> None:
+    mixer = make_mixer(**changes)
     long, short = make_hidden(25, batch=1), make_hidden(25 - num_padding, batch=1)
     rubbish = torch.full((1, num_padding, HIDDEN), float("nan"), dtype=torch.float64)
     batch = torch.cat([long, torch.cat([rubbish, short], dim=1)])
@@ -191,7 +227,7 @@ def test_left_padding_changes_nothing(num_padding: int) -> None:
 
 
 def test_a_row_of_padding_leaves_the_state_at_zero() -> None:
-    mixer = make_mixer()
+    mixer = make_mixer(**FULL)
     _, state = mixer(make_hidden(6), valid_BL=torch.zeros(2, 6, dtype=torch.bool), return_state=True)
     for tensor in state:
         assert torch.equal(tensor, torch.zeros_like(tensor))
@@ -333,6 +369,11 @@ def test_state_size_is_told_without_running() -> None:
     assert mixer.state_bytes(torch.bfloat16) == 4096 * 16 * 4 + 4096 * 4 * 2
 
 
+def test_a_spec_stored_before_there_were_biases_and_norms_builds_a_mixer_without() -> None:
+    stored = Mamba1Spec.model_validate({"type": "mamba1", "state_size": 4, "d_inner": 24, "d_xb": 8, "dt_rank": 3})
+    assert Mamba1Mixer(stored, HIDDEN).state_dict().keys() == make_mixer().state_dict().keys()
+
+
 def test_wrong_arguments_are_named_with_their_remedy() -> None:
     mixer = make_mixer()
     hidden_BLE = make_hidden(4)
@@ -347,5 +388,5 @@ def test_wrong_arguments_are_named_with_their_remedy() -> None:
         mixer(hidden_BLE, state=state)
     with pytest.raises(ValueError, match=r"open sizes; call spec.resolve"):
         build_mixer(Mamba1Spec(), HIDDEN)
-    with pytest.raises(ValueError, match=r"no mixer is built from a AttentionSpec; use one of Mamba1Spec"):
+    with pytest.raises(ValueError, match=r"no mixer is built from a AttentionSpec; use one of .*Mamba1Spec"):
         build_mixer(AttentionSpec(), HIDDEN)

@@ -231,6 +231,17 @@ def test_exported_hybrid_computes_the_same_by_the_published_formula(tmp_path, ma
         assert_same_bits(read_tensors(folder), read_tensors(tmp_path / "again"))
 
 
+def test_layers_converted_after_an_import_are_exported_by_their_own_sizes(tmp_path):
+    import_apriel(write_checkpoint(tmp_path / "source", ["t", "t"], ssm={"d_state": 64}), tmp_path / "ours")
+    layout = LayoutSpec(layers=(PLAIN, AttentionSpec()))
+    save_hybrid(convert_model(load_model(tmp_path / "ours"), layout), None, tmp_path / "hybrid")
+    export_apriel(tmp_path / "hybrid", tmp_path / "theirs")
+    config = read_config(tmp_path / "theirs")
+    assert (config["hybrid_block_layout"], config["ssm_cfg"]["d_state"]) == (["m2", "t"], 4)
+    expected = hybrid_logits(tmp_path / "hybrid", draw_tokens())
+    torch.testing.assert_close(published_logits(tmp_path / "theirs", draw_tokens()), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_rope_scaling_survives_by_its_older_name(tmp_path, make_teacher):
     scaling = {"rope_type": "linear", "factor": 4.0}
     folder = save_made_hybrid(

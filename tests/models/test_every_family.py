@@ -10,9 +10,13 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from hybridize.importance.changes import windowed
+from hybridize.mixers import MIXERS
 from hybridize.models import FAMILIES, attention_module, convert_model, logit_rule_of, swap_layer
 from hybridize.models.checkpoint import load_model, load_teacher, weight_files
-from hybridize.spec import LayoutSpec, Mamba1Spec
+from hybridize.spec import AttentionSpec, IdentitySpec, LayoutSpec, Mamba1Spec, SlidingWindowSpec
+from hybridize.transfer import convert
+from hybridize.transfer.rules import RULES
 from tiny_families import FULL, NUM_LAYERS, SIZES, SLIDING, TINY, build_teacher
 
 MIXER = Mamba1Spec(state_size=4)
@@ -257,3 +261,84 @@ def test_attention_implementation_reaches_the_body(hybrid):
         assert attention_module(hybrid, 1).config._attn_implementation == "eager"
     finally:
         hybrid.set_attn_implementation(before)
+
+
+def layouts_of_all_mixers():
+    """Every mixer there is a transfer to, in as few layouts as hold them; beside attention, windowed and not."""
+    window, sink = SlidingWindowSpec(window=4), SlidingWindowSpec(window=5, sink=True)
+    recurrent = [MIXER if kind is Mamba1Spec else kind() for kind in MIXERS if kind in RULES]
+    specs = [sink, IdentitySpec(), *recurrent, window]
+    parts = [specs[first : first + NUM_LAYERS] for first in range(0, len(specs), NUM_LAYERS)]
+    return [LayoutSpec(layers=(*part, *[AttentionSpec()] * (NUM_LAYERS - len(part)))) for part in parts]
+
+
+@pytest.fixture(scope="module", params=layouts_of_all_mixers(), ids=str)
+def mixed(request, teacher):
+    """A conversion, of which every tensor is accounted for, and with sinks that matter."""
+    hybrid, _ = convert(teacher, request.param)
+    with torch.no_grad():
+        for name, parameter in hybrid.named_parameters():
+            if name.endswith(".sink"):
+                parameter.normal_(0.0, 2.0, generator=torch.Generator().manual_seed(0))
+    return hybrid
+
+
+@pytest.mark.parametrize("size", [1, 4, 9])
+def test_window_is_attention_under_a_narrower_mask(teacher, size):
+    """Beside the teacher's attention, whose mask a hook narrows; also where the teacher's own window is smaller."""
+    hybrid = convert_model(teacher, LayoutSpec.replace(NUM_LAYERS, (0, 3), SlidingWindowSpec(window=size)), share=True)
+    tokens = draw(2, 17)
+    with torch.no_grad(), windowed(teacher, 0, size), windowed(teacher, 3, size):
+        torch.testing.assert_close(hybrid(tokens).logits, teacher(tokens, use_cache=False).logits, **TOLERANCE)
+
+
+def test_mixed_layout_is_causal_and_steps_as_it_reads(mixed):
+    tokens = draw(2, 16)
+    tokens[1, :9] = tokens[0, :9]
+    cache = DynamicCache(config=mixed.config)
+    with torch.no_grad():
+        whole = mixed(tokens, use_cache=False).logits
+        steps = [mixed(part, past_key_values=cache).logits for part in tokens.split((7, 1, 1, 7), dim=1)]
+    torch.testing.assert_close(whole[0, :9], whole[1, :9], **TOLERANCE)
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(whole[0, 9:], whole[1, 9:])
+
+
+def test_mixed_layout_generates_in_a_padded_batch_as_alone(mixed):
+    tokens = torch.nn.functional.pad(draw(1, 5), (2, 0)).expand(2, -1).clone()
+    tokens[1] = draw(1, 7, seed=1)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    together = mixed.generate(tokens, attention_mask=(tokens != 0).long(), **options)
+    alone = mixed.generate(
+        tokens[:1, 2:], attention_mask=torch.ones(1, 5, dtype=torch.long), use_cache=False, **options
+    )
+    assert torch.equal(together[0, 2:], alone[0])
+
+
+def test_identity_in_all_layers_still_counts_tokens(teacher):
+    hybrid = convert_model(teacher, LayoutSpec(layers=(IdentitySpec(),) * NUM_LAYERS), share=True)
+    cache = DynamicCache(config=hybrid.config)
+    with torch.no_grad():
+        steps = [hybrid(part, past_key_values=cache).logits for part in draw(2, 8).split((6, 1, 1), dim=1)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), hybrid(draw(2, 8)).logits, **TOLERANCE)
+    assert cache.get_seq_length() == 8
+
+
+def test_mixed_layout_keeps_packed_documents_apart(mixed):
+    lengths = (1, 7, 9)
+    tokens = draw(1, sum(lengths))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    with torch.no_grad():
+        packed = mixed(tokens, position_ids=positions).logits
+        apart = [mixed(document).logits for document in tokens.split(lengths, dim=1)]
+    torch.testing.assert_close(packed, torch.cat(apart, dim=1), **TOLERANCE)
+
+
+def test_mixed_layout_comes_back_from_disk(mixed, tmp_path):
+    mixed.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    before, after = mixed.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    with torch.no_grad():
+        assert torch.equal(loaded(draw(2, 9)).logits, mixed(draw(2, 9)).logits)

@@ -7,12 +7,12 @@ import torch
 
 from hybridize.data.chat import render_prompt
 from hybridize.data.packing import PAD_TOKEN
+from hybridize.data.sampling import sample_answers
 from hybridize.data.world import draw_problem
 from hybridize.spec import LayoutSpec, Mamba1Spec
 from hybridize.spec.stages import OnPolicyStage
 from hybridize.training import distill_on_policy, heldout_divergence, on_policy, read_metrics
 from hybridize.training.on_policy import answered_rows
-from hybridize.training.sampling import sample_answers
 from hybridize.transfer import convert
 
 
@@ -117,6 +117,20 @@ def test_seed_decides_the_answers(heard, tools, tmp_path):
     assert heard[0][2] == heard[1][2] != heard[2][2]
 
 
+def test_what_answers_are_sampled_in_does_not_hinder_training(tools, tmp_path, monkeypatch):
+    """No inference mode, whose tensors (those that a model keeps) autograd refuses; bf16 on a GPU."""
+    seen = []
+
+    def looking(*arguments, **settings):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        seen.append((torch.is_inference_mode_enabled(), torch.is_autocast_enabled(device)))
+        return sample_answers(*arguments, **settings)
+
+    monkeypatch.setattr(on_policy, "sample_answers", looking)
+    _run(tools, tmp_path, steps=1)
+    assert seen == [(False, torch.cuda.is_available())]
+
+
 def test_settings_of_packed_rows_do_not_matter(heard, tools, tmp_path):
     """A run may go on with others: they are not read."""
     _run(tools, tmp_path, steps=2)
@@ -135,7 +149,7 @@ def test_on_policy_refuses(tools, tmp_path):
         _run(tools, tmp_path, prompts=[])
     endless = type(tools.chat)()
     endless.eos_token_id = None
-    with pytest.raises(ValueError, match="tokenizer: it has no eos_token, so no answer would ever end"):
+    with pytest.raises(ValueError, match="tokenizer NumberChat: it has no eos_token, so no answer would ever end"):
         _run(tools, tmp_path, tokenizer=endless)
     endless.chat_template = None
     endless.eos_token_id = 3

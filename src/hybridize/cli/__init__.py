@@ -5,11 +5,12 @@ import os
 import typer
 
 from hybridize.cli.converting import convert, merge, rank
+from hybridize.cli.exchanging import export, import_
 from hybridize.cli.jobs import plan, report, run
 from hybridize.cli.judging import evaluate, throughput
 from hybridize.cli.training import distill, fit, sft, traces
 
-VERBS = (run, plan, traces, rank, convert, fit, distill, sft, merge, evaluate, throughput, report)
+VERBS = (run, plan, traces, rank, convert, fit, distill, sft, merge, evaluate, throughput, report, import_, export)
 
 app = typer.Typer(
     name="hybridize",
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for verb in VERBS:
-    app.command()(verb)
+    app.command(verb.__name__.strip("_"))(verb)
 
 
 def main() -> None:

@@ -1,24 +1,17 @@
 """Let a model answer prompts in batches: greedily or by sampling, with transformers or with vLLM.
 
-Sampling draws its uniform numbers ahead, one per answer and token, from a stream that is named by the seed, the
-prompt's number and the sample's number. So an answer does not depend on which others share its batch, nor on the
-device's random numbers; only, as greedy answers do, on the last bits of the logits, which may differ with the batch's
-shape.
+The random numbers of an answer have its name: the seed, the prompt's number and the sample's number. So an answer does
+not depend on which others share its batch.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from hybridize.data.chat import Message, render_prompt
-
-# Shapes: R answers of a batch, N new tokens, T tokens so far, V vocabulary.
+from hybridize.data.sampling import Key, end_tokens_of, sample_answers, stream_of
 
 
 @dataclass(frozen=True)
@@ -188,44 +181,28 @@ class TransformersEngine:
         self._model = model
         self._tokenizer = tokenizer
         self._settings = settings
-        self._stops = stop_tokens(model, tokenizer)
+        self._end_tokens = end_tokens_of(model, tokenizer)
 
     def generate(self, requests: Sequence[Request]) -> list[Generated]:
         """Answer a batch, left-padded; an answer that runs on is cut at its own limit."""
-        width = max(len(request.input_ids) for request in requests)
         pad = self._tokenizer.pad_token_id
-        pad = self._stops[0] if pad is None else pad
-        padding = [width - len(request.input_ids) for request in requests]
-        ids = [[pad] * n + request.input_ids for n, request in zip(padding, requests, strict=True)]
-        mask = [[0] * n + [1] * (width - n) for n in padding]
-        device = self._model.device
-        with _evaluating(self._model), torch.inference_mode():
-            output = self._model.generate(
-                input_ids=torch.tensor(ids, device=device),
-                attention_mask=torch.tensor(mask, device=device),
+        with torch.inference_mode():
+            replies = sample_answers(
+                self._model,
+                [request.input_ids for request in requests],
+                [_key(self._settings.seed, request) for request in requests],
                 max_new_tokens=max(request.max_new_tokens for request in requests),
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,
-                pad_token_id=pad,
-                eos_token_id=self._stops,
-                **self._sampling(requests),
+                temperature=self._settings.temperature,
+                top_p=self._settings.top_p,
+                end_tokens=self._end_tokens,
+                pad_token=self._end_tokens[0] if pad is None else pad,
             )
-        replies = output[:, width:].tolist()
         return [self._finish(reply, request) for reply, request in zip(replies, requests, strict=True)]
-
-    def _sampling(self, requests: Sequence[Request]) -> dict[str, Any]:
-        """To `generate` all is greedy: the sampler leaves but one token to choose."""
-        if not self._settings.temperature:
-            return {}
-        uniform_RN = draw_uniform(requests, self._settings.seed)
-        sampler = Sampler(uniform_RN.to(self._model.device), self._settings.temperature, self._settings.top_p)
-        return {"logits_processor": LogitsProcessorList([sampler])}
 
     def _finish(self, reply: list[int], request: Request) -> Generated:
         reply = reply[: request.max_new_tokens]
-        end = next((i for i, token in enumerate(reply) if token in self._stops), None)
-        return _generated(self._tokenizer, reply[:end], ended=end is not None)
+        ended = reply[-1] in self._end_tokens
+        return _generated(self._tokenizer, reply[:-1] if ended else reply, ended)
 
 
 class VllmEngine:
@@ -254,7 +231,7 @@ class VllmEngine:
             ) from error
         self._tokenizer = tokenizer
         self._settings = settings
-        self._stops = stop_tokens(None, tokenizer)  # vLLM itself adds those of the model's generation config
+        self._end_tokens = end_tokens_of(None, tokenizer)  # vLLM itself adds those of the model's generation config
         self._sampling_params = vllm.SamplingParams
         self._llm = vllm.LLM(model=model, max_model_len=max_length)
 
@@ -266,8 +243,8 @@ class VllmEngine:
                 temperature=self._settings.temperature,
                 top_p=self._settings.top_p,
                 max_tokens=request.max_new_tokens,
-                seed=_stream(self._settings.seed, request) % 2**63,
-                stop_token_ids=self._stops,
+                seed=stream_of(_key(self._settings.seed, request)) % 2**63,
+                stop_token_ids=self._end_tokens,
                 detokenize=False,  # done here, as for the other engine
             )
             for request in requests
@@ -281,69 +258,10 @@ class VllmEngine:
         return _generated(self._tokenizer, ids[:-1] if ended else ids, ended)  # the last one is what ended it
 
 
-class Sampler(LogitsProcessor):
-    """Draws from temperature and nucleus by inverting the distribution at a uniform number drawn ahead.
-
-    Args:
-        uniform_RN: a number in [0, 1) for each answer and token, on the logits' device.
-        temperature: above 0.
-        top_p: tokens are ranked by probability, and those left out whose betters have this much together.
-    """
-
-    def __init__(self, uniform_RN: torch.Tensor, temperature: float, top_p: float) -> None:
-        self._uniform_RN = uniform_RN
-        self._temperature = temperature
-        self._top_p = top_p
-        self._step = 0
-
-    def __call__(self, input_ids_RT: torch.Tensor, scores_RV: torch.Tensor) -> torch.Tensor:
-        """Scores that leave but the drawn token."""
-        probs_RV = torch.softmax(scores_RV.float() / self._temperature, dim=-1)
-        probs_RV, tokens_RV = probs_RV.sort(dim=-1, descending=True, stable=True)
-        sums_RV = probs_RV.double().cumsum(dim=-1)
-        kept_RV = sums_RV - probs_RV < self._top_p
-        kept_RV[:, 0] = True  # the likeliest, whatever rounding says
-        last_R1 = kept_RV.sum(dim=-1, keepdim=True) - 1
-        mass_R1 = sums_RV.gather(1, last_R1)
-        uniform_R1 = self._uniform_RN[:, self._step : self._step + 1]
-        drawn_R1 = torch.searchsorted(sums_RV, uniform_R1 * mass_R1, right=True).minimum(last_R1)
-        self._step += 1
-        return torch.full_like(scores_RV, -torch.inf).scatter(1, tokens_RV.gather(1, drawn_R1), 0.0)
-
-
-def draw_uniform(requests: Sequence[Request], seed: int) -> torch.Tensor:
-    """Numbers in [0, 1), float64 [R, N]: a row is a function of the seed and the request's two numbers alone."""
-    size = max(request.max_new_tokens for request in requests)
-    rows = [np.random.Generator(np.random.Philox(_stream(seed, request))).random(size) for request in requests]
-    return torch.from_numpy(np.stack(rows))
-
-
-def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer: the tokenizer's, and those of the model's generation config."""
-    stops = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    more = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    more = [more] if isinstance(more, int) else more or []
-    stops += [token for token in more if token not in stops]
-    if not stops:
-        raise ValueError(f"tokenizer {tokenizer.name_or_path}: no token ends an answer; set tokenizer.eos_token")
-    return stops
-
-
 def _generated(tokenizer: Any, ids: list[int], ended: bool) -> Generated:
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return Generated(text, len(ids), ended)
 
 
-def _stream(seed: int, request: Request) -> int:
-    digest = hashlib.sha256(f"{seed}/{request.prompt}/{request.sample}".encode()).digest()
-    return int.from_bytes(digest[:16], "big")
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+def _key(seed: int, request: Request) -> Key:
+    return seed, request.prompt, request.sample

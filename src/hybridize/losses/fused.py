@@ -109,7 +109,7 @@ def _linear_divergence(
     def rows_of(num_rows: int, dtype: torch.dtype) -> Tensor:
         return hidden_NE.new_empty(num_rows, row_words, dtype=dtype)[:, :num_words]
 
-    values_N = hidden_NE.new_empty(num_tokens, dtype=torch.float32)
+    total = hidden_NE.new_zeros((), dtype=torch.float32)
     grad_hidden_NE = hidden_NE.new_empty(hidden_NE.shape if needs_hidden else 0)
     sum_dtype = dtype if head_VE.dtype == dtype and num_spans <= _MAX_ROUNDINGS else torch.float32
     grad_head_VE = hidden_NE.new_empty(head_VE.shape if needs_head else 0, dtype=sum_dtype)
@@ -129,10 +129,9 @@ def _linear_divergence(
                 logits, teacher_logits = logits_CV[: stop - start], teacher_logits_CV[: stop - start]
                 _matmul(hidden_SE[start - first : stop - first], weight_VE.t(), logits)
                 _matmul(teacher_hidden_NF[start:stop].to(teacher_dtype), teacher_weight_VF.t(), teacher_logits)
-                divergence_rows(
+                total += divergence_rows(
                     logits,
                     teacher_logits,
-                    values_N[start:stop],
                     None if gradient_SV is None else gradient_SV[start - first : stop - first],
                     student_bias_V=bias_V,
                     teacher_bias_V=teacher_bias_V,
@@ -152,7 +151,7 @@ def _linear_divergence(
                 grad_bias_V += gradient_SV[: last - first].sum(0, dtype=torch.float32)
     del logits_CV, teacher_logits_CV, gradient_SV  # a sum in float32 is rounded into their place in memory
     grad_bias_V = grad_bias_V.to((head_VE if bias_V is None else bias_V).dtype)
-    return values_N.sum(), grad_hidden_NE, grad_head_VE.to(head_VE.dtype), grad_bias_V
+    return total, grad_hidden_NE, grad_head_VE.to(head_VE.dtype), grad_bias_V
 
 
 @_linear_divergence.register_fake

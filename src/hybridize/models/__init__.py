@@ -21,6 +21,7 @@ from hybridize.models.families import (
 if TYPE_CHECKING:
     from hybridize.models.accounting import CacheBytes, cache_bytes, sequence_bytes
     from hybridize.models.adapter import MixerLayer
+    from hybridize.models.apriel import export_apriel, import_apriel
     from hybridize.models.checkpoint import check_output, load_model, load_teacher, save_hybrid
     from hybridize.models.configs import hybrid_config_class
     from hybridize.models.hybrid import attention_module, hybrid_model_class
@@ -31,6 +32,8 @@ _HOMES = {
     "cache_bytes": "accounting",
     "sequence_bytes": "accounting",
     "MixerLayer": "adapter",
+    "export_apriel": "apriel",
+    "import_apriel": "apriel",
     "check_output": "checkpoint",
     "load_model": "checkpoint",
     "load_teacher": "checkpoint",
@@ -56,10 +59,12 @@ __all__ = [
     "cache_bytes",
     "check_output",
     "convert_model",
+    "export_apriel",
     "find_family",
     "geometry_of",
     "hybrid_config_class",
     "hybrid_model_class",
+    "import_apriel",
     "layout_of",
     "load_model",
     "load_teacher",

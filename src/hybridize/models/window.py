@@ -236,7 +236,7 @@ def window_of(spec: MixerSpec, config: Any, layer: int) -> int | None:
     if find_family(config.model_type).attention_types(config)[layer] == SLIDING:
         own = config.sliding_window
     if isinstance(spec, SlidingWindowSpec):
-        return spec.window if own is None else spec.window
+        return spec.window if own is None else min(spec.window, own)
     return own
 
 

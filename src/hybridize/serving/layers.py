@@ -8,11 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import (
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
-)
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.forward_context import get_forward_context
 
 # Registers the custom op by which torch.compile leaves a layer to its `forward_impl`; vLLM splits its graphs there.
@@ -22,13 +18,13 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from hybridize.mixers import MixerState, build_mixer
-from hybridize.models.adapter import keep_exact
+from hybridize.mixers import MixerState
+from hybridize.models.adapter import MixerLayer
 from hybridize.serving.loading import Target
 from hybridize.serving.metadata import MixerBackend, MixerMetadata
 from hybridize.serving.pages import StatePage, with_oldest
 from hybridize.serving.shards import part_of_spec, shard_rules
-from hybridize.serving.states import state_dtypes, state_page_bytes
+from hybridize.serving.states import state_dtypes
 from hybridize.spec import MixerSpec
 
 # The null page, to which vLLM points rows that stand for no request.
@@ -43,18 +39,17 @@ class ServedMixer(nn.Module, MambaBase):
         layer: its position in the decoder.
         vllm_config: vLLM's configuration.
         prefix: the layer's name in vLLM.
+        page_bytes: of the cache's pages, which hold the largest state of the model's layers.
     """
 
-    def __init__(self, spec: MixerSpec, layer: int, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, spec: MixerSpec, layer: int, vllm_config: VllmConfig, prefix: str, page_bytes: int) -> None:
         super().__init__()
-        self.spec, self.prefix = spec, prefix
+        self.spec, self.prefix, self.page_bytes = spec, prefix, page_bytes
         self.num_ranks = get_tensor_model_parallel_world_size()
-        config = vllm_config.model_config.hf_config
-        self.mixer = build_mixer(part_of_spec(spec, self.num_ranks, f"layer {layer}"), config.hidden_size)
-        keep_exact(self.mixer, vllm_config.model_config.dtype)
-        self.mixer.requires_grad_(False)
+        part = part_of_spec(spec, self.num_ranks, f"layer {layer}")
+        layer_in_training = MixerLayer(part, vllm_config.model_config.hf_config.hidden_size, layer)
+        self.mixer = layer_in_training.cast(vllm_config.model_config.dtype).mixer.requires_grad_(False)
         self.page = StatePage.of(self.mixer.state_shapes(1), *state_dtypes(vllm_config))
-        self.page_bytes = state_page_bytes(vllm_config)
         self.kv_cache: Any = (torch.tensor([]),)
         layers = vllm_config.compilation_config.static_forward_context
         if prefix in layers:
@@ -159,5 +154,3 @@ def _write(conv_PXk: Tensor, ssm_P: Tensor, page_S: Tensor, state: MixerState) -
     conv_PXk[page_S] = state.conv[..., 1:].to(conv_PXk.dtype)
     ssm_P[page_S] = state.ssm.to(ssm_P.dtype)
 
-
-__all__ = ["ServedIdentity", "ServedMixer", "get_tensor_model_parallel_rank"]

@@ -24,11 +24,11 @@ from torch.utils.data import Dataset
 
 from hybridize.data.chat import Message, render_prompt
 from hybridize.data.packing import PAD_TOKEN, PackedRows
+from hybridize.data.sampling import end_tokens_of, sample_answers
 from hybridize.spec.stages import OnPolicyStage
 from hybridize.training.core import OnLog, Run
 from hybridize.training.metrics import MetricsFile
 from hybridize.training.run import TrainResult, carry_out, identity_of
-from hybridize.training.sampling import end_tokens_of, sample_answers
 from hybridize.training.trainer import DistillTrainer
 
 
@@ -66,15 +66,17 @@ class OnPolicyTrainer(DistillTrainer):
         turns = [batch["turn"].tolist() for batch in batches]
         asked = [turn for batch in turns for turn in batch]
         prompts = {turn: self.prompts[turn % len(self.prompts)] for turn in asked}
-        answers = sample_answers(
-            self.accelerator.unwrap_model(self.model),
-            [prompts[turn] for turn in asked],
-            [(self.seed, turn) for turn in asked],
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.generation_temperature,
-            end_tokens=self.end_tokens,
-            pad_token=PAD_TOKEN,
-        )
+        device = self.args.device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            answers = sample_answers(
+                self.accelerator.unwrap_model(self.model),
+                [prompts[turn] for turn in asked],
+                [(self.seed, turn) for turn in asked],
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.generation_temperature,
+                end_tokens=self.end_tokens,
+                pad_token=PAD_TOKEN,
+            )
         answer_of = dict(zip(asked, answers, strict=True))
         self._count(prompts, answer_of)
         made = []
@@ -143,8 +145,6 @@ def distill_on_policy(
     if not prompts:
         raise ValueError("prompts: there are none to answer; give at least one")
     end_tokens = end_tokens_of(student, tokenizer)
-    if not end_tokens:
-        raise ValueError("tokenizer: it has no eos_token, so no answer would ever end; set tokenizer.eos_token")
     ids = [render_prompt(tokenizer, messages) for messages in prompts]
     digest = hashlib.sha256(json.dumps([ids, end_tokens]).encode()).hexdigest()
     identity = identity_of(stage, "tokens_per_step", "sequence_length", prompts=digest)

@@ -5,9 +5,9 @@ To add a mixer, add a row to `RULES`; `plan_transfer` reads this table and nothi
 
 from typing import Any, Literal, Protocol, get_args
 
-from hybridize.spec import AttentionGeometry, Mamba1Spec
+from hybridize.spec import AttentionGeometry, GatedDeltaNetSpec, KimiDeltaAttentionSpec, Mamba1Spec, Mamba2Spec
 from hybridize.spec.base import Spec
-from hybridize.transfer import mamba1
+from hybridize.transfer import gated_delta_net, kimi_delta_attention, mamba1, mamba2
 from hybridize.transfer.attention import AttentionTensors
 from hybridize.transfer.expressions import Expression
 
@@ -36,5 +36,8 @@ class TransferRule(Protocol):
 
 
 RULES: dict[type[Spec], TransferRule] = {
+    GatedDeltaNetSpec: gated_delta_net,
+    KimiDeltaAttentionSpec: kimi_delta_attention,
     Mamba1Spec: mamba1,
+    Mamba2Spec: mamba2,
 }

@@ -122,7 +122,7 @@ def apriel_fields(config: Any, place: str) -> dict[str, Any]:
     }
     kept = fields.pop("ssm_cfg", {})
     if mambas:
-        kept = _ssm_cfg(next(iter(mambas.values()))) | kept
+        kept = _ssm_cfg(next(iter(mambas.values())), kept)
     if kept:
         fields["ssm_cfg"] = kept
     _check_keys(fields, _mistral_fields() | _OLDER_NAMES | set(_ABSENT) | {"hybrid_block_layout", "ssm_cfg"}, place)
@@ -151,7 +151,7 @@ def _read_blocks(fields: Mapping[str, Any], place: str) -> list[str]:
             "write one entry for each layer"
         )
     for layer, block in enumerate(blocks):
-        if block not in BLOCKS:
+        if not isinstance(block, str) or block not in BLOCKS:
             raise ValueError(
                 f"{place}: hybrid_block_layout[{layer}] is {block!r}, which no mixer here stands for; "
                 f"use a checkpoint whose layers are {', '.join(BLOCKS)}"
@@ -227,7 +227,9 @@ def _check_mamba(spec: Mamba1Spec, first: Mamba1Spec, place: str) -> None:
             )
 
 
-def _ssm_cfg(spec: Mamba1Spec) -> dict[str, Any]:
+def _ssm_cfg(spec: Mamba1Spec, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """`ssm_cfg` with every key: what a mixer says, and what else an import has kept."""
+    inert = _INERT | dict.fromkeys(_HEADS, spec.num_heads)
     sizes = {key: getattr(spec, name) for key, name in _SIZES.items()}
     starts = {key: getattr(spec, key) for key in _STARTS}
-    return sizes | starts | _FIXED | _INERT | dict.fromkeys(_HEADS, spec.num_heads)
+    return {**inert, **kept, **_FIXED, **sizes, **starts}

@@ -7,7 +7,8 @@ input's channels are repeated before the convolution, as Mamba-1 with grouped x 
 """
 
 from collections.abc import Callable
-from typing import Literal
+from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +19,22 @@ from hybridize.ops.causal_conv.shifted import causal_conv_shifted, with_window
 
 __all__ = ["BACKENDS", "causal_conv", "causal_conv_step"]
 
+
+
+def _causal_conv_triton(*args: Tensor | None, **options: Any) -> Tensor:
+    from hybridize.ops.causal_conv.triton import causal_conv_triton  # needs Triton, which not every machine has
+
+    return causal_conv_triton(*args, **options)
+
+
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "reference": causal_conv_reference,
     "shifted": causal_conv_shifted,
+    "triton": _causal_conv_triton,
 }
+
+# The backend of each device type; others, and inputs in fp64 or without Triton, take "shifted".
+_BACKEND_OF_DEVICE: dict[str, str] = {"cuda": "triton"} if find_spec("triton") else {}
 
 
 def causal_conv(
@@ -51,7 +64,7 @@ def causal_conv(
             after it to before it, nor into the window. None: one document, going on from the window.
         window_BDK: the K inputs before the first token, [B, D, K], oldest first; zeros by default.
         return_window: whether to return the last K inputs.
-        backend: `reference`, `shifted`, `triton`, or None to pick by device.
+        backend: `reference`, `shifted`, `triton` (a GPU, not fp64), or None to pick by device.
 
     Returns:
         y [B, L, D] in x's dtype, and the window after the last token, [B, D, K] in x's dtype, zero where there were
@@ -68,7 +81,8 @@ def causal_conv(
         raise ValueError(f"starts_BL: {got}; pass a bool tensor of shape {list(x_BLX.shape[:2])}")
     _check_window(window_BDK, (x_BLX.shape[0], *weight_DK.shape))
     if backend is None:
-        backend = "shifted"
+        exact = x_BLX.dtype == torch.float64
+        backend = "shifted" if exact else _BACKEND_OF_DEVICE.get(x_BLX.device.type, "shifted")
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is unknown; use one of {', '.join(BACKENDS)}, or None")
     blocks = (x_BLX.shape[-1] // times if repeat is None else repeat[0], times)

@@ -45,7 +45,7 @@ class _Shape(NamedTuple):
 
 
 FORWARD = _Shape(tokens=8, heads=1, per_block=16, lanes=4, registers=4, num_warps=1, stages=2)
-BACKWARD = _Shape(tokens=8, heads=4, per_block=16, lanes=4, registers=4, num_warps=8, stages=1)
+BACKWARD = _Shape(tokens=4, heads=1, per_block=16, lanes=4, registers=4, num_warps=1, stages=1)
 # Tokens between two kept states.
 _KEPT_EVERY = 32
 
@@ -256,10 +256,12 @@ def _scan_backward(
     dD_BSD = exact.new_empty(batch, cut.segments, num_channels)
     dbias_BSD = torch.empty_like(dD_BSD)
     dinitial_BDN = exact.new_empty(batch, num_channels, num_states)
+    states = shape.heads * shape.per_block * shape.lanes * shape.registers
+    scratch = exact.new_empty(batch * cut.segments * programs, cut.chunk, states)
     scan_backward_kernel[grid](
         dy_BLD, x_BLD, dt_BLD, A_DN, B_BLGN, C_BLHN, A_DN if D_D is None else D_D, dt_bias_D if has_bias else A_DN,
         x_BLD if z_BLD is None else z_BLD, starts_BL if has_starts else A_DN, kept_BKDN,
-        A_DN if after_BSDN is None else after_BSDN,
+        A_DN if after_BSDN is None else after_BSDN, scratch,
         dx_BLD, ddt_BLD, dB, dC, dz_BLD, dA_BSDN, dD_BSD, dbias_BSD, dinitial_BDN,
         length, cut.tiles, cut.segments, num_channels, cut.kept,
         *_strides(dy_BLD, x_BLD, dt_BLD, B_BLGN, C_BLHN, z_BLD),

@@ -97,7 +97,7 @@ def segment_grads_kernel(
         C_TRCW = load_states(C_ptr, token_T, left, C_stride_t, N, HEADS, PER_BLOCK, W, R)
         _, gap_TC = load_steps(dt_TC, starts_ptr, token_T, left, bias_C, valid_C, SOFTPLUS, HAS_STARTS)
         decay_TRCW = tl.exp2(gap_TC[:, None, :, None] * A_RCW[None])
-        grad_TRCW = dy_TC[:, None, :, None] * C_TRCW
+        grad_TRCW = pinned(dy_TC)[:, None, :, None] * C_TRCW
         carry_RCW = first_token(scan_carry(decay_TRCW, grad_TRCW, carry_RCW))
         total_C += tl.sum(gap_TC, axis=0)
     index = row * num_segments + segment
@@ -119,6 +119,7 @@ def scan_backward_kernel(
     starts_ptr,
     kept_ptr,  # [B, chunks, D, N]: the state before each chunk of CHUNK tiles
     after_ptr,  # [B, S, D, N]: the gradient of the state after each segment
+    scratch_ptr,  # [programs, CHUNK, R, C, W]: each program's own, for the states before the tiles of a chunk
     dx_ptr,  # [B, L, D], out, as are ddt and dz
     ddt_ptr,
     dB_ptr,  # [B, L, G, parts, N], out
@@ -204,6 +205,13 @@ def scan_backward_kernel(
     dB_ptr += (row * length + first) * dB_stride_t + (group * parts_B + part_B) * N
     dC_ptr += (row * length + first) * dC_stride_t + (head * blocks_per_head + channel_block) * N
     starts_ptr += row * length + first
+    scratch_RCW = (
+        tl.arange(0, W)[None, None, :] * R
+        + tl.arange(0, R)[:, None, None]
+        + tl.arange(0, channels)[None, :, None] * (W * R)
+    )
+    program = (row * num_segments + segment) * tl.num_programs(0) + tl.program_id(0)
+    scratch_ptr += program * (CHUNK * R * channels * W)
     kept_stride = num_channels.to(tl.int64) * N
     kept_ptr += (row * num_kept + segment * tiles_per_segment // CHUNK) * kept_stride
     left = length - first.to(tl.int32)
@@ -213,66 +221,73 @@ def scan_backward_kernel(
     dA_RCW = tl.zeros([R, channels, W], tl.float32)
     dD_C = tl.zeros([channels], tl.float32)
     dbias_C = tl.zeros([channels], tl.float32)
-    # A last tile past the end of the sequence holds nothing.
     num_tiles = tl.minimum(tiles_per_segment, (left + T - 1) // T)
-    for step in tl.range(0, num_tiles, num_stages=STAGES):
-        tile = num_tiles - 1 - step
-        token_T = tile * T + tl.arange(0, T)
-        kept = kept_ptr + tile // CHUNK * kept_stride
-        state_RCW = tl.load(kept + offset_RCW, mask=valid_RCW, other=0.0)
-        if CHUNK > 1:
-            for before in range(tile // CHUNK * CHUNK, tile):
-                token_before_T = before * T + tl.arange(0, T)
-                x_TC = load_rows(x_ptr, token_before_T, left, x_stride_t, channel_C, valid_C)
-                dt_TC = load_rows(dt_ptr, token_before_T, left, dt_stride_t, channel_C, valid_C)
-                B_TRGW = load_states(B_ptr, token_before_T, left, B_stride_t, N, 1, 1, W, R)
-                delta_TC, gap_TC = load_steps(
-                    dt_TC, starts_ptr, token_before_T, left, bias_C, valid_C, SOFTPLUS, HAS_STARTS
-                )
-                decay_TRCW = tl.exp2(gap_TC[:, None, :, None] * A_RCW[None])
-                drive_TRCW = pinned(delta_TC * x_TC)[:, None, :, None] * B_TRGW
-                state_RCW = last_token(scan_states(decay_TRCW, drive_TRCW, state_RCW))
-
-        x_TC = load_rows(x_ptr, token_T, left, x_stride_t, channel_C, valid_C)
-        dt_TC = load_rows(dt_ptr, token_T, left, dt_stride_t, channel_C, valid_C)
-        dy_TC = load_rows(dy_ptr, token_T, left, dy_stride_t, channel_C, valid_C)
-        B_TRGW = load_states(B_ptr, token_T, left, B_stride_t, N, 1, 1, W, R)
-        C_TRCW = load_states(C_ptr, token_T, left, C_stride_t, N, HEADS, PER_BLOCK, W, R)
-        delta_TC, gap_TC = load_steps(dt_TC, starts_ptr, token_T, left, bias_C, valid_C, SOFTPLUS, HAS_STARTS)
-        drive_TC = pinned(delta_TC * x_TC)
-        decay_TRCW = tl.exp2(gap_TC[:, None, :, None] * A_RCW[None])
-        state_TRCW, kept_TRCW = scan_states_kept(decay_TRCW, drive_TC[:, None, :, None] * B_TRGW, state_RCW)
-        if HAS_Z:
-            z_TC = load_rows(z_ptr, token_T, left, z_stride_t, channel_C, valid_C)
-            gate_TC = sigmoid(z_TC)
-            ungated_TC = sum_states(state_TRCW * C_TRCW) + D_C[None, :] * x_TC
-            dz_TC = dy_TC * ungated_TC * gate_TC * (1.0 + z_TC * (1.0 - gate_TC))
-            store_rows(dz_ptr, dz_TC, token_T, left, num_channels, channel_C, valid_C)
-            dy_TC *= z_TC * gate_TC
-        dy_TRCW = tl.broadcast_to(dy_TC[:, None, :, None], state_TRCW.shape)
-        dC_TRHW = tl.sum(tl.reshape(dy_TRCW * state_TRCW, [T, R, HEADS, PER_BLOCK, W]), axis=3)
-        grad_TRCW, carry_TRCW = scan_grads(decay_TRCW, dy_TRCW * C_TRCW, carry_RCW)
-        carry_RCW = first_token(carry_TRCW)
-        dB_TRW = tl.sum(grad_TRCW * drive_TC[:, None, :, None], axis=2)
-        ddrive_TC = sum_states(grad_TRCW * B_TRGW)
-        # The exponent delta A: its gradient is g_t decay_t s_{t-1}, exactly 0 where a document starts.
-        dexponent_TRCW = grad_TRCW * kept_TRCW
-        dA_RCW += tl.sum(dexponent_TRCW * delta_TC[:, None, :, None], axis=0)
-        ddelta_TC = sum_states(dexponent_TRCW * A_RCW[None]) * LN2 + ddrive_TC * x_TC
-        ddt_TC = ddelta_TC
-        if SOFTPLUS:
-            ddt_TC = ddelta_TC * sigmoid(dt_TC + bias_C[None, :])
-        ddt_TC = tl.where((token_T < left)[:, None], ddt_TC, 0.0)
-        store_rows(ddt_ptr, ddt_TC, token_T, left, num_channels, channel_C, valid_C)
-        dbias_C += tl.sum(ddt_TC, axis=0)
-        dx_TC = ddrive_TC * delta_TC + D_C[None, :] * dy_TC
-        store_rows(dx_ptr, dx_TC, token_T, left, num_channels, channel_C, valid_C)
-        dD_C += tl.sum(dy_TC * x_TC, axis=0)
-        dB_TK = tl.reshape(tl.permute(dB_TRW, [0, 2, 1]), [T, W * R])
-        state_N = tl.arange(0, W * R)
-        store_rows(dB_ptr, dB_TK, token_T, left, dB_stride_t, state_N, state_N < N)
-        dC_TK = tl.reshape(tl.permute(dC_TRHW, [0, 2, 3, 1]), [T, HEADS * W * R])
-        store_rows(dC_ptr, dC_TK, token_T, left, dC_stride_t, head_K * blocks_per_head * N + state_K, state_K < N)
+    num_chunks = (num_tiles + CHUNK - 1) // CHUNK
+    for chunk_step in range(0, num_chunks):
+        chunk = num_chunks - 1 - chunk_step
+        first_tile = chunk * CHUNK
+        chunk_tiles = tl.minimum(CHUNK, num_tiles - first_tile)
+        # Through the chunk once, to write down the state before each tile; then back.
+        state_RCW = tl.load(kept_ptr + chunk * kept_stride + offset_RCW, mask=valid_RCW, other=0.0)
+        for tile in tl.range(0, chunk_tiles - 1, num_stages=STAGES):
+            token_T = (first_tile + tile) * T + tl.arange(0, T)
+            x_TC = load_rows(x_ptr, token_T, left, x_stride_t, channel_C, valid_C)
+            dt_TC = load_rows(dt_ptr, token_T, left, dt_stride_t, channel_C, valid_C)
+            B_TRGW = load_states(B_ptr, token_T, left, B_stride_t, N, 1, 1, W, R)
+            delta_TC, gap_TC = load_steps(dt_TC, starts_ptr, token_T, left, bias_C, valid_C, SOFTPLUS, HAS_STARTS)
+            decay_TRCW = tl.exp2(gap_TC[:, None, :, None] * A_RCW[None])
+            drive_TRCW = pinned(delta_TC * x_TC)[:, None, :, None] * B_TRGW
+            state_RCW = last_token(scan_states(decay_TRCW, drive_TRCW, state_RCW))
+            tl.store(scratch_ptr + (tile + 1) * (R * channels * W) + scratch_RCW, state_RCW)
+        tl.debug_barrier()
+        for step in tl.range(0, chunk_tiles, num_stages=STAGES):
+            tile = chunk_tiles - 1 - step
+            token_T = (first_tile + tile) * T + tl.arange(0, T)
+            if tile == 0:
+                state_RCW = tl.load(kept_ptr + chunk * kept_stride + offset_RCW, mask=valid_RCW, other=0.0)
+            else:
+                state_RCW = tl.load(scratch_ptr + tile * (R * channels * W) + scratch_RCW)
+            x_TC = load_rows(x_ptr, token_T, left, x_stride_t, channel_C, valid_C)
+            dt_TC = load_rows(dt_ptr, token_T, left, dt_stride_t, channel_C, valid_C)
+            dy_TC = load_rows(dy_ptr, token_T, left, dy_stride_t, channel_C, valid_C)
+            B_TRGW = load_states(B_ptr, token_T, left, B_stride_t, N, 1, 1, W, R)
+            C_TRCW = load_states(C_ptr, token_T, left, C_stride_t, N, HEADS, PER_BLOCK, W, R)
+            delta_TC, gap_TC = load_steps(dt_TC, starts_ptr, token_T, left, bias_C, valid_C, SOFTPLUS, HAS_STARTS)
+            drive_TC = pinned(delta_TC * x_TC)
+            decay_TRCW = tl.exp2(gap_TC[:, None, :, None] * A_RCW[None])
+            state_TRCW, kept_TRCW = scan_states_kept(decay_TRCW, drive_TC[:, None, :, None] * B_TRGW, state_RCW)
+            if HAS_Z:
+                z_TC = load_rows(z_ptr, token_T, left, z_stride_t, channel_C, valid_C)
+                gate_TC = pinned(sigmoid(z_TC))
+                ungated_TC = sum_states(state_TRCW * C_TRCW) + D_C[None, :] * x_TC
+                dz_TC = dy_TC * ungated_TC * gate_TC * (1.0 + z_TC * (1.0 - gate_TC))
+                store_rows(dz_ptr, dz_TC, token_T, left, num_channels, channel_C, valid_C)
+                dy_TC *= z_TC * gate_TC
+            dy_TRCW = tl.broadcast_to(pinned(dy_TC)[:, None, :, None], state_TRCW.shape)
+            dC_TRHW = tl.sum(tl.reshape(dy_TRCW * state_TRCW, [T, R, HEADS, PER_BLOCK, W]), axis=3)
+            grad_TRCW, carry_TRCW = scan_grads(decay_TRCW, dy_TRCW * C_TRCW, carry_RCW)
+            carry_RCW = first_token(carry_TRCW)
+            dB_TRW = tl.sum(grad_TRCW * drive_TC[:, None, :, None], axis=2)
+            ddrive_TC = sum_states(grad_TRCW * B_TRGW)
+            # The exponent delta A: its gradient is g_t decay_t s_{t-1}, exactly 0 where a document starts.
+            dexponent_TRCW = grad_TRCW * kept_TRCW
+            dA_RCW += tl.sum(dexponent_TRCW * delta_TC[:, None, :, None], axis=0)
+            ddelta_TC = sum_states(dexponent_TRCW * A_RCW[None]) * LN2 + ddrive_TC * x_TC
+            ddt_TC = ddelta_TC
+            if SOFTPLUS:
+                ddt_TC = ddelta_TC * pinned(sigmoid(dt_TC + bias_C[None, :]))
+            ddt_TC = tl.where((token_T < left)[:, None], ddt_TC, 0.0)
+            store_rows(ddt_ptr, ddt_TC, token_T, left, num_channels, channel_C, valid_C)
+            dbias_C += tl.sum(ddt_TC, axis=0)
+            dx_TC = ddrive_TC * delta_TC + D_C[None, :] * dy_TC
+            store_rows(dx_ptr, dx_TC, token_T, left, num_channels, channel_C, valid_C)
+            dD_C += tl.sum(dy_TC * x_TC, axis=0)
+            dB_TK = tl.reshape(tl.permute(dB_TRW, [0, 2, 1]), [T, W * R])
+            state_N = tl.arange(0, W * R)
+            store_rows(dB_ptr, dB_TK, token_T, left, dB_stride_t, state_N, state_N < N)
+            dC_TK = tl.reshape(tl.permute(dC_TRHW, [0, 2, 3, 1]), [T, HEADS * W * R])
+            store_rows(dC_ptr, dC_TK, token_T, left, dC_stride_t, head_K * blocks_per_head * N + state_K, state_K < N)
+        tl.debug_barrier()
 
     tl.store(dA_ptr + index * num_channels * N + offset_RCW, dA_RCW, mask=valid_RCW)
     tl.store(dD_ptr + index * num_channels + channel_C, dD_C, mask=valid_C)

@@ -101,11 +101,12 @@ def load_steps(dt_TC, starts_ptr, token_T, length, bias_C, valid_C, SOFTPLUS: tl
     if SOFTPLUS:
         delta_TC = softplus(delta_TC)
     delta_TC = tl.where((token_T < length)[:, None] & valid_C[None, :], delta_TC, 0.0)
+    delta_TC = pinned(delta_TC)
     gap_TC = delta_TC
     if HAS_STARTS:
         starts_T = tl.load(starts_ptr + token_T, mask=token_T < length, other=0)
         gap_TC = tl.where((starts_T != 0)[:, None], FORGET, delta_TC)
-    return delta_TC, pinned(gap_TC)
+    return delta_TC, gap_TC
 
 
 @triton.jit
@@ -217,10 +218,9 @@ def scan_grads(decay_TRCW, grad_TRCW, carry_RCW):
     last = _token_index(grad_TRCW) == grad_TRCW.shape[0] - 1
     grad_TRCW = tl.where(last, grad_TRCW + carry_RCW[None], grad_TRCW)
     one_TRCW = tl.full(grad_TRCW.shape, 1.0, tl.float32)
-    scanned = tl.associative_scan(
-        (decay_TRCW, decay_TRCW * grad_TRCW, one_TRCW, grad_TRCW), 0, _scan_adjoint, reverse=True
-    )
-    return scanned[3], scanned[1]
+    reverse = (tl.flip(decay_TRCW, 0), tl.flip(decay_TRCW * grad_TRCW, 0), one_TRCW, tl.flip(grad_TRCW, 0))
+    scanned = tl.associative_scan(reverse, 0, _scan_adjoint)
+    return tl.flip(scanned[3], 0), tl.flip(scanned[1], 0)
 
 
 @triton.jit
@@ -228,4 +228,5 @@ def scan_carry(decay_TRCW, grad_TRCW, carry_RCW):
     """As `scan_grads`, the carries alone."""
     last = _token_index(grad_TRCW) == grad_TRCW.shape[0] - 1
     grad_TRCW = tl.where(last, grad_TRCW + carry_RCW[None], grad_TRCW)
-    return tl.associative_scan((decay_TRCW, decay_TRCW * grad_TRCW), 0, _scan_pair, reverse=True)[1]
+    reverse = (tl.flip(decay_TRCW, 0), tl.flip(decay_TRCW * grad_TRCW, 0))
+    return tl.flip(tl.associative_scan(reverse, 0, _scan_pair)[1], 0)

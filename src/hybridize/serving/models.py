@@ -1,0 +1,135 @@
+"""vLLM's models of the hybrids: vLLM's own class of the family, with mixers in the place of some layers' attention.
+
+As in `hybridize.models`, nothing of a family's modelling code is copied: `__init__` builds vLLM's model as the teacher's
+config describes it, and then replaces the attention modules of the layers whose entry in `config.mixers` is a mixer.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
+from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
+from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
+
+from hybridize.models import FAMILIES, ModelFamily, find_family
+from hybridize.models.configs import body_config
+from hybridize.serving.layers import ServedIdentity, ServedMixer
+from hybridize.serving.loading import HybridWeights, Target
+from hybridize.serving.natives import native_model
+from hybridize.serving.states import has_state, state_page_bytes
+from hybridize.serving.windows import sink_targets, windows_in_place
+from hybridize.spec.mixers import IdentitySpec
+
+
+class ServedHybrid:
+    """What makes vLLM's model of a family a hybrid."""
+
+    named_modules: Any
+    get_submodule: Any
+    set_submodule: Any
+    family: ModelFamily
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        with _as_the_teacher(vllm_config), windows_in_place(config, self.family, prefix):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._targets: dict[str, Target] = sink_targets(self, config, self.family)
+        self._closed: list[str] = []
+        self._elsewhere: list[str] = []
+        page_bytes = state_page_bytes(vllm_config)
+        for layer, spec in enumerate(config.layout.layers):
+            path = self.family.attention_path(layer)
+            if not has_state(spec) and not isinstance(spec, IdentitySpec):
+                continue
+            if isinstance(self.get_submodule(f"{self.family.layers}.{layer}"), PPMissingLayer):
+                self._elsewhere.append(f"{path}.")
+                continue
+            _forget(vllm_config, maybe_prefix(prefix, f"{path}."))
+            self._closed.append(f"{path}.")
+            module: nn.Module = ServedIdentity()
+            if has_state(spec):
+                module = ServedMixer(spec, layer, vllm_config, maybe_prefix(prefix, path), page_bytes)
+                self._targets |= module.targets(path)
+            self.set_submodule(path, module)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint, each of its tensors accounted for.
+
+        Raises:
+            ValueError: a tensor of a mixer is missing, unknown or of another shape.
+        """
+        own = HybridWeights(
+            self._targets,
+            self._closed,
+            self._elsewhere,
+            get_tensor_model_parallel_rank(),
+            get_tensor_model_parallel_world_size(),
+        )
+        loaded = super().load_weights(own.take(weights))  # type: ignore[misc]
+        own.check_complete()
+        return set(loaded or ()) | own.loaded
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
+        """The shape of what a layer keeps of a sequence: a page of bytes, the same for all mixers."""
+        return ((state_page_bytes(vllm_config),),)
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
+        """Its dtype: bytes."""
+        return (torch.uint8,)
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple[Any, ...]:
+        """How a page is copied for prefix caching: as it is."""
+        return (get_temporal_copy_spec,)
+
+
+@contextmanager
+def _as_the_teacher(vllm_config: VllmConfig) -> Iterator[None]:
+    """Show vLLM's code the config with the kinds of attention that the teacher has."""
+    model_config = vllm_config.model_config
+    hybrid = model_config.hf_config
+    text_config = model_config.hf_text_config
+    model_config.hf_config = model_config.hf_text_config = body_config(hybrid)
+    try:
+        yield
+    finally:
+        model_config.hf_config, model_config.hf_text_config = hybrid, text_config
+
+
+def _forget(vllm_config: VllmConfig, prefix: str) -> None:
+    """Remove what a replaced attention module has registered, so that it gets no place in the cache."""
+    layers = vllm_config.compilation_config.static_forward_context
+    for name in [name for name in layers if name.startswith(prefix)]:
+        del layers[name]
+
+
+@functools.cache
+def served_model_class(model_type: str) -> Any:
+    """vLLM's model class of a family's hybrids, by the teacher's model type.
+
+    Raises:
+        ValueError: vLLM has no model of the family.
+    """
+    family = find_family(model_type)
+    body = {
+        "__module__": __name__,
+        "__doc__": f"vLLM's {family.model_class} with mixers in the place of some layers' attention.",
+        "family": family,
+    }
+    return type(family.hybrid_model_class, (ServedHybrid, native_model(family), HasInnerState, IsHybrid), body)
+
+
+def __getattr__(name: str) -> Any:
+    """Make `HybridLlamaForCausalLM` and its like importable by name, as vLLM's registry wants; built at first use."""
+    for family in FAMILIES.values():
+        if name == family.hybrid_model_class:
+            return served_model_class(family.model_type)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
