@@ -53,6 +53,17 @@ def test_final_answer_is_behind_the_thinking():
     assert final_answer("<think>a</think>b<think>c</think>d") == "d"
 
 
+def test_final_answer_stands_between_apriels_marks():
+    steps = "Here are my reasoning steps:\n7? No, 2.\n"
+    assert final_answer(f"{steps}[BEGIN FINAL RESPONSE]\n2\n[END FINAL RESPONSE]") == "2"
+    assert final_answer("7? No.\n[BEGIN FINAL RESPONSE]\n2 and\n3\n[END FINAL RESPONSE]\n<|end|>") == "2 and\n3"
+    assert final_answer(f"{steps}[BEGIN FINAL RESPONSE]\n2\n") == "2", "later models leave the end out"
+    assert final_answer("I write [BEGIN FINAL RESPONSE] 7 or\n[BEGIN FINAL RESPONSE]\n2") == "2"
+    assert final_answer(steps) is None
+    assert final_answer("<think>[BEGIN FINAL RESPONSE]\n2") is None
+    assert final_answer("What are my reasoning steps? Here are my reasoning steps: none") is not None
+
+
 RIGHT = [
     ("18", "The answer is 18."),
     ("so 9 * 2 = 18\n#### 18", r"\boxed{18}"),
@@ -63,11 +74,14 @@ RIGHT = [
     (r"\left( 3, \frac{\pi}{2} \right)", r"\(\boxed{(3, \frac{\pi}{2})}\)"),
     (r"\text{Evelyn}", r"$\boxed{\text{Evelyn}}$"),
     ("18", "<think>7? No.</think>\n18"),
+    ("18", "7? No.\n[BEGIN FINAL RESPONSE]\n18\n[END FINAL RESPONSE]"),
 ]
 WRONG = [
     ("18", "19"),
     ("18", "<think>18</think>17"),
     ("18", "<think>It is 18"),
+    ("18", "18? No.\n[BEGIN FINAL RESPONSE]\n17\n[END FINAL RESPONSE]\n18"),
+    ("18", "Here are my reasoning steps:\nIt is 18"),
     ("18", "no idea"),
     (r"\frac{1}{2}", "2"),
 ]

@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from hybridize.importance import LayerOrder, Ranking
 from hybridize.spec import Mamba1Spec
 from hybridize.spec.stages import RankStage
-from tiny_families import NUM_LAYERS, SIZES
+from tiny_families import SIZES
 
 VOCABULARY = SIZES["vocab_size"]
 LENGTH = 24

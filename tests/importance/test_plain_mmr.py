@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ranking_example import NUM_LAYERS, build_teacher, rank_stage
+from ranking_example import build_teacher, rank_stage
 
 from hybridize.importance import mmr, rank_layers
 from hybridize.importance.steps import rate_at
@@ -10,6 +10,7 @@ from hybridize.losses.divergence import dense_divergence
 from hybridize.models import layout_of
 from hybridize.spec import LayoutSpec, Mamba1Spec
 from hybridize.transfer import convert
+from tiny_families import NUM_LAYERS
 
 MIXER = Mamba1Spec(state_size=4)
 

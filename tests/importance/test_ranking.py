@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranking_example import LENGTH, NUM_LAYERS, build_teacher, draw_batch, rank_stage, ranking_of
+from ranking_example import LENGTH, build_teacher, draw_batch, rank_stage, ranking_of
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hybridize.importance import (
@@ -23,6 +23,7 @@ from hybridize.importance import (
 from hybridize.spec import AttentionSpec, LayoutSpec, Mamba1Spec
 from hybridize.spec.stages import RankStage
 from hybridize.transfer import convert
+from tiny_families import NUM_LAYERS
 
 
 def test_the_least_important_layers_are_chosen_and_equals_from_below():

@@ -4,14 +4,16 @@ import math
 
 import pytest
 import torch
-from ranking_example import NUM_LAYERS, build_teacher, draw_batch, rank_stage
+from ranking_example import build_teacher, draw_batch, rank_stage
 from torch.nn.functional import cross_entropy
 
 from hybridize.importance import rank_layers, untrained
 from hybridize.importance.changes import left_out, windowed
 from hybridize.models import attention_module, layout_of
 from hybridize.spec import LayoutSpec, Mamba1Spec
+from hybridize.spec.base import StoppedError
 from hybridize.transfer import convert
+from tiny_families import NUM_LAYERS
 from tiny_families import build_teacher as build_family
 
 MIXER = Mamba1Spec(state_size=4)
@@ -144,7 +146,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_place(settings, heldout, t
     teacher, stage = build_teacher("llama"), stage_of(**settings)
     model = build_teacher("llama")
     attention_module(model, 1).v_proj.weight[0, 0] = float("inf")
-    with pytest.raises(ValueError, match=r"^baseline: the loss is nan on the held-out rows; check that") as caught:
+    with pytest.raises(StoppedError, match=r"^baseline: the loss is nan on the held-out rows; check that") as caught:
         rank_layers(model, teacher, (), heldout, stage, state_dir=tmp_path)
     assert "learning_rate" not in str(caught.value)
     with pytest.raises(ValueError, match="heldout: it has no completion token"):
@@ -199,7 +201,7 @@ def test_a_judge_is_asked_for_and_asked_once(tmp_path):
     with pytest.raises(ValueError, match="judge: score 'world' needs a function"):
         rank_layers(teacher, teacher, (), (), stage, state_dir=tmp_path)
     said = iter((0.5, 0.25, 0.75, math.nan))
-    with pytest.raises(ValueError, match=r"^layer 2: the judge says nan; it must say which share is right"):
+    with pytest.raises(StoppedError, match=r"^layer 2: the judge says nan; it must say which share is right"):
         rank_layers(teacher, teacher, (), (), stage, state_dir=tmp_path, judge=lambda _: next(said))
     said = iter((0.5, 0.0))
     ranking = rank_layers(teacher, teacher, (), (), stage, state_dir=tmp_path, judge=lambda _: next(said))

@@ -386,6 +386,27 @@ def test_autocast_computes_decays_and_states_in_fp32(kind: str) -> None:
 
 
 @both_kinds
+def test_decays_keep_the_digits_of_their_fp32_parameters_in_a_bf16_module(kind: str) -> None:
+    mixer = make_mixer(kind, torch.bfloat16)
+    mixer.A_log.data, mixer.dt_bias.data = mixer.A_log.data.float(), torch.randn(mixer.dt_bias.shape) - 4
+    mixer.A_log.data += 1e-3
+    with torch.no_grad():
+        (mixer.a_proj if kind == "gated" else mixer.f_b_proj).weight.zero_()
+    seen: list[Tensor] = []
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, None]:
+        seen.append(g.detach())
+        return q, None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(mixer), "recurrence", staticmethod(spy))
+        mixer(make_hidden(3).bfloat16())
+    steps = torch.nn.functional.softplus(mixer.dt_bias.detach().double()).view(4, -1)
+    expected = (-mixer.A_log.detach().double().exp()[:, None] * steps).squeeze(-1).expand(seen[0].shape)
+    torch.testing.assert_close(seen[0].double(), expected, rtol=1e-6, atol=0)
+
+
+@both_kinds
 def test_reset_parameters_is_the_constructor_of_the_papers(kind: str) -> None:
     geometry = AttentionGeometry(hidden_size=64, num_heads=256, num_kv_heads=128, head_dim=4)
     spec = SPECS[kind](dt_min=1e-5, dt_max=0.2, decay_min=2, decay_max=5, gate_bias=True)

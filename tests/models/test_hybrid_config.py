@@ -110,6 +110,15 @@ def test_config_of_before_attention_types_loads(tmp_path):
     assert config_class.from_pretrained(tmp_path).attention_types == ["sliding_attention"] * 3
 
 
+def test_config_of_before_biases_and_norms_loads(tmp_path):
+    config_class = hybrid_config_class("llama")
+    stored = mixers(config_class, [0])
+    for name in ("gate_bias", "qkv_bias", "output_bias", "qk_norm", "norm_eps"):
+        del stored[0][name]
+    spec = config_class(**SIZES, mixers=stored).layout.layers[0]
+    assert (spec.gate_bias, spec.qkv_bias, spec.output_bias, spec.qk_norm) == (False, False, False, "none")
+
+
 def test_mistral_does_not_warn_about_layer_types(tmp_path, caplog):
     config_class = hybrid_config_class("mistral")
     config_class(**SIZES, mixers=mixers(config_class, [0])).save_pretrained(tmp_path)

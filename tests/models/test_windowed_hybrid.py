@@ -133,15 +133,12 @@ def test_cached_generation_equals_uncached(any_hybrid, draw_tokens):
 
 def test_stepwise_logits_equal_full_logits(any_hybrid, draw_tokens):
     tokens = draw_tokens(2, 14)
-    whole = any_hybrid(tokens, use_cache=False).logits
     cache = DynamicCache(config=any_hybrid.config)
     with torch.no_grad():
-        for _ in range(2):  # the second time with a cache that was reset
-            parts = [any_hybrid(part, past_key_values=cache).logits for part in tokens.split((5, 1, 1, 3, 4), dim=1)]
-            torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
-            assert cache.get_seq_length() == 14
-            cache.reset()
-            assert cache.get_seq_length() == 0
+        parts = [any_hybrid(part, past_key_values=cache).logits for part in tokens.split((5, 1, 1, 3, 4), dim=1)]
+        whole = any_hybrid(tokens, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
+    assert cache.get_seq_length() == 14
 
 
 def test_left_padded_batch_equals_each_prompt_alone(any_hybrid, draw_tokens):
@@ -202,6 +199,19 @@ def test_window_over_a_wider_one_answers_for_it(make_teacher, draw_tokens):
             reference.update(states, states)
             assert cache.layers[0].get_mask_sizes(2) == reference.get_mask_sizes(2)
             assert cache.is_sliding == [True] * 4
+
+
+def test_cache_of_windows_can_be_reset(make_teacher, draw_tokens):
+    for family in ("llama", "mistral"):
+        hybrid = windowed(make_teacher(family), (0, 1, 2, 3), size=3)
+        cache = DynamicCache(config=hybrid.config)
+        first = hybrid(draw_tokens(2, 9), past_key_values=cache).logits
+        kept = list(cache.layers)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        assert torch.equal(hybrid(draw_tokens(2, 9), past_key_values=cache).logits, first)
+        assert all(layer is same for layer, same in zip(cache.layers, kept, strict=True))
+        assert cache.get_seq_length() == 9
 
 
 def test_bytes_of_a_window_do_not_grow(make_teacher):
@@ -284,6 +294,16 @@ def test_layer_swapped_to_a_window_and_back_is_the_teacher(teacher, draw_tokens)
     swap_layer(hybrid, 1, old)
     assert torch.equal(hybrid(tokens).logits, teacher(tokens).logits)
     assert old.config._attn_implementation == "sdpa"
+
+
+def test_swapped_mixers_have_the_layers_dtype(make_teacher):
+    """Whatever was there: fp32 decays of a mixer, or no parameter at all."""
+    hybrid = convert_model(make_teacher("llama").to(torch.bfloat16), LayoutSpec(layers=(AttentionSpec(),) * 4))
+    for spec in (SPECS["m"], SPECS["i"], SPECS["m"], Mamba1Spec(state_size=8)):
+        swap_layer(hybrid, 1, spec)
+        dtypes = {name: tensor.dtype for name, tensor in attention_module(hybrid, 1).state_dict().items()}
+        fp32 = {name.removeprefix("mixer.") for name, dtype in dtypes.items() if dtype == torch.float32}
+        assert fp32 == ({"A_log", "D", "dt_proj.bias"} if spec.type == "mamba1" else set())
 
 
 def test_conversion_accounts_for_every_tensor_and_explains(teacher):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hybridize.data.world import draw_problem
 from hybridize.pipeline.collecting import collect
 from hybridize.pipeline.job import to_dtype
 from hybridize.pipeline.progress import Reporter
@@ -89,6 +91,40 @@ def test_report_leaves_out_what_older_settings_made(tiny_recipe):
     rewrite_report(run)
     inputs = json.loads((run / "report" / "manifest.json").read_text())["inputs"]
     assert sorted(inputs) == ["convert", "judge-teacher", "rank"]
+
+
+def test_report_calls_stale_what_the_next_run_would_make_anew(tiny_recipe, tmp_path):
+    data, teacher = tmp_path / "chats.jsonl", shutil.copytree(tiny_recipe["teacher"], tmp_path / "teacher")
+    problems = [draw_problem("addition", 1, "train", i) for i in range(31)]
+    rows = [json.dumps({"messages": problem.messages}) + "\n" for problem in problems]
+    data.write_text("".join(rows[:-1]))
+    tiny_recipe["stages"][1] = {"kind": "convert", "layers": [1]}
+    tiny_recipe["stages"][2]["steps"] = 1
+    tiny_recipe |= {"teacher": str(teacher), "data": {"source": "file", "path": str(data)}}
+    del tiny_recipe["stages"][0]
+    run = Path(tiny_recipe["output"])
+
+    def page():
+        return " ".join(rewrite_report(run).read_text().split())
+
+    before = run_recipe(parse_recipe(tiny_recipe), QUIET)
+    assert "Stale:" not in page()
+    data.write_text("".join(rows))
+    html = page()
+    assert "Stale: distill (its data changed), judge (made from distill). These stages are shown as last made" in html
+    assert html.count("<td>stale</td>") == 2
+    assert html.count("<td>done</td>") == 2
+    after = run_recipe(parse_recipe(tiny_recipe), QUIET)
+    anew = {name for name in before if before[name].manifest["key"] != after[name].manifest["key"]}
+    assert anew == {"distill", "judge", "report"}
+    assert "Stale:" not in (run / "report" / "report.html").read_text()
+    data.unlink()
+    assert "Stale:" not in page(), "what is gone cannot be compared"
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"bos_token_id": 5}))
+    assert "judge-teacher (the teacher changed), judge (the teacher changed, made from distill)." in page()
+    shutil.rmtree(teacher)
+    assert "Stale:" not in page()
 
 
 def test_report_names_a_damaged_recipe(tmp_path):

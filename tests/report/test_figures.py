@@ -131,6 +131,18 @@ def test_the_model_the_page_is_about_is_emphasised(drawn):
     assert plots.frontier_chart(place, "h-6-distill", 24) != drawn["frontier"].png
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("share", [1.0, 0.9])
+def test_the_teachers_dotted_line_is_seen_also_at_the_top(share, narrow):
+    """Dots: a row of pixels, dark and light by turns, from one side of the frame to the other."""
+    low, top = Measure(0.2, 0.1, 0.3), Measure(share, share - 0.01, share)
+    points = (FrontierPoint(Model("teacher", "teacher"), 1.0, top), FrontierPoint(Model("a", "a"), 2.0, low))
+    picture = read_png(plots.frontier_chart(Frontier("throughput", "x", points), "a", 4, narrow=narrow)).convert("L")
+    rows = [picture.crop((0, y, picture.width, y + 1)).tobytes() for y in range(picture.height)]
+    turns = [sum((one < 128) != (other < 128) for one, other in pairwise(row)) for row in rows]
+    assert max(turns) > picture.width / 8
+
+
 def test_memory_chart_marks_a_crossing_within_or_before_its_axis():
     baseline = CacheMemory("teacher", 1000, 0)
     for other in (

@@ -162,6 +162,17 @@ def test_a_ranking_without_control_says_so(undrawn):
     assert "No control was run" in render_page(replace(FULL, rankings=(METHOD,)))
 
 
+def test_stale_stages_are_named_before_the_result(undrawn):
+    assert "Stale" not in render_page(FULL)
+    html = render_page(replace(FULL, stale={"distil": "its data changed", "b": "made from <distil>"}))
+    text = Page(html).text
+    assert "Stale: distil (its data changed), b (made from <distil>). These stages are shown as last made" in text
+    assert html.index("Stale: ") < html.index('class="headline"')
+    assert "This stage is shown as last made; the next run makes it anew." in render_page(
+        replace(FULL, stale={"a": "x"})
+    )
+
+
 def test_a_frontier_without_throughput_says_so(undrawn, page):
     assert "No throughput was measured" not in page.text
     text = Page(render_page(replace(example(), throughput=()))).text

@@ -114,16 +114,21 @@ def test_only_attention_can_be_replaced(teacher):
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_attention_bias_is_dropped_and_told(init):
+def test_attention_bias_is_carried_or_dropped_and_told(init):
     teacher = build_teacher("llama", attention_bias=True)
-    hybrid, plan = convert(teacher, layout(1), init)
     biases = {f"model.layers.1.self_attn.{name}_proj.bias" for name in "qkvo"}
+    hybrid, plan = convert(teacher, layout(1), init)
+    assert (biases <= plan.dropped.keys()) == (init == "random")
+    assert init == "random" or not plan.dropped
+    hybrid(TOKENS)
+    bare = LayoutSpec.replace(4, [1], Mamba1Spec(state_size=4, qkv_bias=False, output_bias=False))
+    hybrid, plan = convert(teacher, bare, init)
     assert biases <= plan.dropped.keys()
     if init != "random":
         assert biases == plan.dropped.keys()
         lines = str(plan).splitlines()
         assert lines[0].endswith(", 4 dropped")
-        assert "  o_proj.bias: dropped, since a mamba1 mixer's projections have no bias" in lines
+        assert "  o_proj.bias: dropped, since the mamba1 mixer is to have no such bias" in lines
     hybrid(TOKENS)
 
 

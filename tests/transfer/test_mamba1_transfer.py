@@ -122,7 +122,10 @@ def test_a_mixer_without_biases_and_norms_is_the_one_of_a_plain_teacher(init: st
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"state_size": 4}, r"mixer.qk_norm: .* heads of width 8, .* state_size 4; .* or qk_norm to 'none'"),
+        (
+            {"state_size": 4, "qk_norm": "head"},
+            r"mixer.qk_norm: .* heads of width 8, .* state_size 4; .* or qk_norm to 'none'",
+        ),
         ({"state_size": 8, "qk_norm": "width"}, r"mixer.qk_norm: 'width' differs from the teacher's 'head'"),
         ({"state_size": 16, "qk_norm": "none"}, r"mixer.state_size: 16 does not divide the teacher's head width 8"),
     ],

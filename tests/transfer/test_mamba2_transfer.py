@@ -181,7 +181,12 @@ def test_the_note_counts_the_heads_that_pair_rightly(sizes: dict[str, int], init
         (PLAIN, {"state_size": 16, "head_width": 8}, "aligned", r"mixer.state_size: 16 is neither head_width 8 nor"),
         (PLAIN, {"state_size": 16}, "aligned", r"mixer.head_width: 16 does not divide the teacher's head width 8"),
         (PLAIN, {"head_width": 4}, "published", r"mixer.num_heads x state_size: 96 differs from the teacher's 48"),
-        (HEAD, {"state_size": 4}, "aligned", r"mixer.qk_norm: .* heads of width 8, .* state_size 4; .* or qk_norm to"),
+        (
+            HEAD,
+            {"state_size": 4, "qk_norm": "head"},
+            "aligned",
+            r"mixer.qk_norm: .* heads of width 8, .* state_size 4; .* or qk_norm to",
+        ),
         (HEAD, {"qk_norm": "width"}, "aligned", r"mixer.qk_norm: 'width' differs from the teacher's 'head'"),
     ],
 )

@@ -115,7 +115,7 @@ def test_inits_transfer_the_same_rows(init):
 
 def test_what_has_no_counterpart_is_initialised_as_the_plan_says():
     spec = Mamba1Spec(state_size=4, dt_min=0.01, dt_max=0.2)
-    for init in INITS:
+    for init in ("aligned", "published", "random"):
         made = plan_transfer(GEOMETRY, spec, init, target="m").apply(draw_attention())
         assert torch.equal(made["m.A_log"], torch.arange(1.0, 5).log().expand(48, 4))
         assert torch.equal(made["m.D"], torch.ones(48))
@@ -172,14 +172,16 @@ def test_carried_tensors_keep_the_teachers_dtype():
 
 @pytest.mark.parametrize("init", INITS)
 def test_biases_and_norms_are_dropped_with_a_reason(init):
-    names = [*draw_attention(), "self_attn.q_proj.bias", "self_attn.o_proj.bias", "self_attn.q_norm.weight"]
-    plan = plan_transfer(GEOMETRY, Mamba1Spec(state_size=4), init, norms=("q_norm", "k_norm"), source_tensors=names)
+    geometry = AttentionGeometry(**GEOMETRY.model_dump() | {"qkv_bias": True, "output_bias": True, "qk_norm": "head"})
+    spec = Mamba1Spec(state_size=4, qkv_bias=False, output_bias=False, qk_norm="none")
+    extras = {f"self_attn.{part}_proj.bias" for part in "qkvo"} | {f"self_attn.{part}_norm.weight" for part in "qk"}
+    plan = plan_transfer(geometry, spec, init, norms=("q_norm", "k_norm"))
     if init == "random":
-        assert plan.dropped.keys() == set(names)
+        assert plan.dropped.keys() == set(draw_attention()) | extras
     else:
-        assert list(plan.dropped) == names[4:]
-        assert "self_attn.o_proj.bias: dropped, since a mamba1 mixer's projections have no bias" in str(plan)
-        assert "q_norm.weight: dropped, since a mamba1 mixer does not normalise what stands for queries" in str(plan)
+        assert plan.dropped.keys() == extras
+        assert "self_attn.o_proj.bias: dropped, since the mamba1 mixer is to have no such bias" in str(plan)
+        assert "q_norm.weight: dropped, since the mamba1 mixer is not to normalise what stands for queries" in str(plan)
 
 
 def test_tensor_without_a_place_is_an_error_and_dropped_by_random():
@@ -235,7 +237,7 @@ def test_fused_projection_transfers_as_separate_ones_do(init, lie):
             "aligned",
             r"16 does not divide the teacher's head width 8.*divisor of 8",
         ),
-        (Mamba1Spec(), "mil", r"init: 'mil' is unknown; use one of aligned, published, random"),
+        (Mamba1Spec(), "mil", rf"init: 'mil' is unknown; use one of {', '.join(INITS)}"),
         (AttentionSpec(), "aligned", r"the layer is to be 'attention'; leave it out"),
     ],
 )

@@ -1,5 +1,4 @@
-"""Let a model answer token ids so that each answer is a function of its own random numbers, whatever it shares a batch
-with.
+"""Let a model answer token ids, each answer by random numbers of its own.
 
 The uniform numbers are drawn ahead, one per answer and token, from a stream that has the answer's name. So an answer
 does not depend on which others share its batch, nor on the device's random numbers; only, as greedy answers do, on the

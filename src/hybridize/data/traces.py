@@ -35,9 +35,9 @@ from hybridize.data.sources import Prompt
 from hybridize.data.verify import Verifier, load_verifier
 from hybridize.files import write_whole
 from hybridize.spec.base import StoppedError
+from hybridize.spec.data import TRACES_FILE
 from hybridize.spec.stages import TracesStage
 
-TRACES_FILE = "traces.parquet"
 PARTS_FOLDER = "parts"
 _PLAN_FILE = "plan"
 _WINDOW_BATCHES = 16  # answers are sorted by length within so many batches: what is written at a time, in order

@@ -14,6 +14,13 @@ from hybridize.data.sources import Prompt
 from hybridize.data.verify_math import MathJudge
 from hybridize.data.world import judge
 
+THINKING_OPENS = ("<think>", "Here are my reasoning steps:")
+"""What opens thinking, in a reply or at the end of a prompt; the second is Apriel's."""
+
+_THOUGHT, _BEGIN, _END = "</think>", "[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]"
+THINKING_MARKS = ("<think>", _THOUGHT, _BEGIN, _END)
+"""Marks around thinking and answers; in some tokenizers they are special tokens."""
+
 _BUILT_IN = ("auto", "world", "math", "none")
 _LATEX = re.compile(r"\\boxed|(?<!\\)\$|\\[(\[]")  # how LaTeX is marked in text
 
@@ -46,7 +53,7 @@ def load_verifier(name: str, prompts: Sequence[Prompt]) -> Verifier:
 
     Args:
         name: `world`: right answer by right steps, as the reasoning world judges. `math`: math-verify finds the final
-            answer, behind `</think>`, equal to the reference. `none`: all are right. `file.py:function`: what a
+            answer, behind the thinking, equal to the reference. `none`: all are right. `file.py:function`: what a
             function of (prompt, answer, reference) says, being the text of the last message, the reply with its
             thinking, and the row's answer or None. `auto`: `world` for problems of the world, `math` for others.
         prompts: what will be answered.
@@ -84,12 +91,18 @@ def load_verifier(name: str, prompts: Sequence[Prompt]) -> Verifier:
 def final_answer(reply: str) -> str | None:
     """What a reply says after its thinking; None if the thinking never ends.
 
-    Chat templates that open the thinking in the prompt leave but `</think>` in the reply.
+    Thinking stands between `<think>` and `</think>`, or, as Apriel does it, between `Here are my reasoning steps:` and
+    `[BEGIN FINAL RESPONSE]`, whose answer goes to `[END FINAL RESPONSE]` or to the reply's end. Chat templates that
+    open the thinking in the prompt leave only what closes it in the reply.
     """
-    before, closed, after = reply.rpartition("</think>")
+    open_think, open_steps = THINKING_OPENS
+    _, closed, final = reply.rpartition(_THOUGHT)
+    if not closed and open_think in final:
+        return None
+    _, closed, answer = final.rpartition(_BEGIN)
     if closed:
-        return after
-    return None if "<think>" in before + after else reply
+        return answer.partition(_END)[0].strip()  # the marks stand on lines of their own
+    return None if final.lstrip().startswith(open_steps) else final
 
 
 def _judge(prompt: Prompt, reply: str) -> bool:

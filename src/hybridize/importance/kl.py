@@ -46,7 +46,8 @@ def score_by_kl(request: Request) -> Scores:
     """Restore one layer's attention at a time in an all-mixer student, distil it, and take what the KL loses.
 
     Raises:
-        ValueError: the batches do not fit the stage, or a loss is not finite.
+        ValueError: the batches do not fit the stage.
+        StoppedError: a loss is not finite.
     """
     stage = request.stage
     check_batches(request.batches, stage)
@@ -133,7 +134,7 @@ def align(
         on_step: called after each step.
 
     Raises:
-        ValueError: an error is not finite.
+        StoppedError: an error is not finite.
     """
     groups = [list(mixer.parameters()) for mixer in mixers.values()]
     optimizer = make_optimizer([parameter for group in groups for parameter in group], stage)

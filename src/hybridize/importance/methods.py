@@ -101,8 +101,9 @@ def rank_layers(
         The ranking, with both controls.
 
     Raises:
-        ValueError: no layer is attention, the mixer is attention, the batches do not fit the stage, a judge or the
-            file of scores is missing or unsound, or a layer's loss is not finite.
+        ValueError: no layer is attention, the mixer is attention, the batches do not fit the stage, or a judge or the
+            file of scores is missing or unsound.
+        StoppedError: a layer's loss is not finite.
     """
     from hybridize.models import geometry_of, layout_of
 

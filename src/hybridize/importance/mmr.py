@@ -26,7 +26,8 @@ def score_by_mmr(request: Request) -> Scores:
     """Swap one layer at a time for a mixer, train it for a few steps, and take the loss at the end.
 
     Raises:
-        ValueError: the batches do not fit the stage, or a loss is not finite.
+        ValueError: the batches do not fit the stage.
+        StoppedError: a loss is not finite.
     """
     check_batches(request.batches, request.stage)
     check_heldout(request.heldout)

@@ -65,7 +65,7 @@ def train(
         on_step: called after each step.
 
     Raises:
-        ValueError: a loss is not finite.
+        StoppedError: a loss is not finite.
     """
     optimizer = make_optimizer(parameters, stage) if parameters else None
     for step, rows in enumerate(batches):
@@ -82,14 +82,14 @@ def measure(heldout: Sequence[Rows], loss_of: Callable[[Rows], Any], stage: Rank
     """Loss over all held-out rows, nat per token.
 
     Raises:
-        ValueError: it is not finite.
+        StoppedError: it is not finite.
     """
     total = sum(float(loss_of(rows)) for rows in heldout)
     return check_loss(total / sum(rows.num_valid for rows in heldout), layer, "on the held-out rows", stage)
 
 
 def check_loss(loss: float, layer: int, when: str, stage: RankStage) -> float:
-    """Give a loss back, or raise a `ValueError` if it is not finite."""
+    """Give a loss back, or raise a `StoppedError` if it is not finite."""
     remedy = "check that teacher and model are sound"
     if stage.method in ("mmr", "kl"):
         remedy = f"lower learning_rate (now {stage.learning_rate:g}), or {remedy}"

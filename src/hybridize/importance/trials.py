@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hybridize.importance.ranking import order_by_score, write_json
 from hybridize.importance.request import Request, Scores
+from hybridize.spec.base import StoppedError
 
 STATE_FORMAT = "hybridize.ranking-layer/2"
 
@@ -135,10 +136,10 @@ def check_finite(value: float, layer: int, when: str, remedy: str) -> float:
     """Give the value back.
 
     Raises:
-        ValueError: it is not finite; names the layer and the remedy.
+        StoppedError: it is not finite; names the layer and the remedy.
     """
     if not math.isfinite(value):
-        raise ValueError(f"{name_of(layer)}: {when.format(value)}; {remedy}. The layers ranked so far are kept")
+        raise StoppedError(f"{name_of(layer)}: {when.format(value)}; {remedy}. The layers ranked so far are kept")
     return value
 
 

@@ -36,7 +36,8 @@ def score_by_loo(request: Request) -> Scores:
     baseline is the whole model's.
 
     Raises:
-        ValueError: there is no judge or nothing to measure a loss on, or a measure is not finite.
+        ValueError: there is no judge or nothing to measure a loss on.
+        StoppedError: a measure is not finite.
     """
     stage = request.stage
 
@@ -50,7 +51,8 @@ def score_by_window(request: Request) -> Scores:
     """Give one layer at a time a causal window of `stage.window` tokens; importance is the loss with it.
 
     Raises:
-        ValueError: the model's attention takes no mask, there is nothing to measure on, or a loss is not finite.
+        ValueError: the model's attention takes no mask, or there is nothing to measure on.
+        StoppedError: a loss is not finite.
     """
     return _measure_each(request, lambda model, layer: windowed(model, layer, request.stage.window))
 
@@ -59,7 +61,8 @@ def score_by_perplexity(request: Request) -> Scores:
     """Swap one layer at a time for its mixer as initialised; importance is the loss with it, in nat per token.
 
     Raises:
-        ValueError: there is nothing to measure on, or a loss is not finite.
+        ValueError: there is nothing to measure on.
+        StoppedError: a loss is not finite.
     """
     stage = request.stage
 

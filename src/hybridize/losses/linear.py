@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from hybridize.losses.chunked import LogitRule, chunked_divergence
 from hybridize.losses.divergence import Kind, Reduction, check_options, check_valid
-from hybridize.losses.fused import can_fuse, fused_divergence
+from hybridize.losses.fused import can_fuse, fused_divergence, scale_in_place
 
 _CHUNK_TOKENS = 1024  # of the plain form
 
@@ -116,6 +116,7 @@ def linear_divergence(
         beta,
         temperature,
         chunk_tokens,
+        torch.is_grad_enabled(),
     )
     return total / max(len(student_hidden_NE), 1) if reduction == "mean" else total
 
@@ -138,10 +139,12 @@ class _LinearDivergence(torch.autograd.Function):
         beta: float,
         temperature: float,
         chunk_tokens: int | None,
+        with_gradients: bool,
     ) -> Tensor:
         heads = hidden_NE, head_VE, bias_V, teacher_hidden_NF, teacher_head_VF, teacher_bias_V
         options = student_rule, teacher_rule, kind, beta, temperature
-        needs_hidden, needs_head, needs_bias = ctx.needs_input_grad[:3]
+        # What needs_input_grad says, it says without a graph, too.
+        needs_hidden, needs_head, needs_bias = (with_gradients and need for need in ctx.needs_input_grad[:3])
         needs = needs_hidden, needs_head, needs_bias
         if can_fuse(hidden_NE, head_VE, teacher_hidden_NF, teacher_head_VF):
             total, *gradients = fused_divergence(*heads, *options, chunk_tokens, needs)
@@ -160,9 +163,9 @@ class _LinearDivergence(torch.autograd.Function):
             None if saved is None else _scale(saved, grad, dtype, in_place=final)
             for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *scaled, *(None,) * 9
+        return *scaled, *(None,) * 10
 
 
 def _scale(saved: Tensor, grad: Tensor, dtype: torch.dtype, *, in_place: bool) -> Tensor:
     """A gradient times the scalar that came from above, in the dtype of what it belongs to, rounded once."""
-    return saved.mul_(grad) if in_place and saved.dtype == dtype else (saved * grad).to(dtype)
+    return scale_in_place(saved, grad) if in_place and saved.dtype == dtype else (saved * grad).to(dtype)

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK_WORDS = 4096  # of a program
+_BLOCK_WORDS = 4096
 _NUM_WARPS = 16
+_BLOCK_ELEMENTS = 8192  # of what is scaled
 # Rows begin at a multiple of this many words, so that they are read in whole vectors whatever the vocabulary is.
 ROW_ALIGNMENT = 64
 
@@ -58,46 +59,51 @@ def divergence_rows(
     for rows in (student_logits_CV, teacher_logits_CV, gradient_CV):
         assert rows is None or (rows.shape == (num_rows, num_words) and rows.stride() == (stride, 1))
     assert stride % ROW_ALIGNMENT == 0
-    block = min(max(_BLOCK_WORDS, num_words // _most_parts(student_logits_CV)), num_words)
-    block = triton.next_power_of_2(block)
-    parts = triton.cdiv(num_words, block)
-    values_CP = student_logits_CV.new_empty(num_rows, parts)
-    _divergence_kernel[(num_rows * parts,)](
-        student_logits_CV,
-        teacher_logits_CV,
-        student_bias_V,
-        teacher_bias_V,
-        values_CP,
-        gradient_CV,
-        student_logits_CV.new_empty(num_rows, 6, parts),
-        student_logits_CV.new_zeros(num_rows, dtype=torch.int32),
-        stride,
-        num_words,
-        student_rule[0],
-        student_rule[1] or 1.0,
-        teacher_rule[0],
-        teacher_rule[1] or 1.0,
-        1.0 / temperature,
-        beta,
-        KIND=kind,
-        STUDENT_BIAS=student_bias_V is not None,
-        TEACHER_BIAS=teacher_bias_V is not None,
-        STUDENT_CAP=student_rule[1] is not None,
-        TEACHER_CAP=teacher_rule[1] is not None,
-        WITH_GRADIENT=gradient_CV is not None,
-        PARTS=parts,
-        PARTS_CEIL=triton.next_power_of_2(parts),
-        BLOCK=block,
-        num_warps=min(32, max(1, _NUM_WARPS * block // _BLOCK_WORDS)),
-    )
-    return values_CP.sum()
+    block = min(_BLOCK_WORDS, triton.next_power_of_2(num_words))
+    values_C = student_logits_CV.new_empty(num_rows)
+    with torch.cuda.device_of(values_C):
+        _divergence_kernel[(num_rows,)](
+            student_logits_CV,
+            teacher_logits_CV,
+            student_bias_V,
+            teacher_bias_V,
+            values_C,
+            gradient_CV,
+            stride,
+            num_words,
+            student_rule[0],
+            student_rule[1] or 1.0,
+            teacher_rule[0],
+            teacher_rule[1] or 1.0,
+            1.0 / temperature,
+            beta,
+            KIND=kind,
+            STUDENT_BIAS=student_bias_V is not None,
+            TEACHER_BIAS=teacher_bias_V is not None,
+            STUDENT_CAP=student_rule[1] is not None,
+            TEACHER_CAP=teacher_rule[1] is not None,
+            WITH_GRADIENT=gradient_CV is not None,
+            BLOCK=block,
+            num_warps=max(1, _NUM_WARPS * block // _BLOCK_WORDS),
+        )
+    return values_C.sum()
 
 
-def _most_parts(tensor: Tensor) -> int:
-    """Programs that a row may have: fewer than run at once, since they wait for one another."""
-    if tensor.device.type != "cuda":
-        return 1
-    return max(1, torch.cuda.get_device_properties(tensor.device).multi_processor_count // 2)
+def scale(tensor: Tensor, factor: Tensor) -> None:
+    """Multiply a contiguous tensor in place by a scalar on the same device, in float32; by 1, without touching it."""
+    if tensor.numel():
+        grid = (triton.cdiv(tensor.numel(), _BLOCK_ELEMENTS),)
+        with torch.cuda.device_of(tensor):
+            _scale_kernel[grid](tensor, factor, tensor.numel(), BLOCK=_BLOCK_ELEMENTS, num_warps=8)
+
+
+@triton.jit
+def _scale_kernel(tensor_ptr, factor_ptr, numel, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor != 1.0:
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(tensor_ptr + place, mask=place < numel)
+        tl.store(tensor_ptr + place, (x.to(tl.float32) * factor).to(tensor_ptr.dtype.element_ty), mask=place < numel)
 
 
 @triton.jit
@@ -117,6 +123,15 @@ def _tempered(row_ptr, bias_ptr, word, stride, num_words, scale, cap, inverse_te
     else:
         logit = logit * slope
     return tl.where(word < num_words, logit, float("-inf")), slope
+
+
+@triton.jit
+def _fold(x, top, total):
+    """Take x into a running sum of exponentials: one exponential is the factor of the old sum or that of x."""
+    e = tl.exp(-tl.abs(x - top))
+    above = x > top
+    old, new = tl.where(above, e, 1.0), tl.where(above, 1.0, e)
+    return tl.where(above, x, top), total * old + new, old, new
 
 
 @triton.jit
@@ -144,16 +159,6 @@ def _log_shares(r, beta):
 
 
 @triton.jit
-def _meet(arrivals_ptr, expected):
-    """Wait until the programs of a row have all come here, and see what they stored before."""
-    tl.debug_barrier()
-    arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel") + 1
-    while arrived < expected:
-        arrived = tl.atomic_add(arrivals_ptr, 0, sem="acquire")
-    tl.debug_barrier()
-
-
-@triton.jit
 def _divergence_kernel(
     student_ptr,
     teacher_ptr,
@@ -161,8 +166,6 @@ def _divergence_kernel(
     teacher_bias_ptr,
     value_ptr,
     gradient_ptr,
-    partial_ptr,
-    arrivals_ptr,
     stride,
     num_words,
     student_scale,
@@ -177,86 +180,92 @@ def _divergence_kernel(
     STUDENT_CAP: tl.constexpr,
     TEACHER_CAP: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
-    PARTS: tl.constexpr,
-    PARTS_CEIL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """See the module's docstring."""
-    row = tl.program_id(0) // PARTS
-    part = tl.program_id(0) % PARTS
-    word = part * BLOCK + tl.arange(0, BLOCK)
-    valid = word < num_words
-    parts = tl.arange(0, PARTS_CEIL)
-    place = row.to(tl.int64) * stride
-    partial_ptr += row * (6 * PARTS)
-    arrivals_ptr += row
+    """See the module's docstring; every lane keeps sums of its own, which meet at the end of a reading."""
+    row = tl.program_id(0)
+    student_ptr += row.to(tl.int64) * stride
+    teacher_ptr += row.to(tl.int64) * stride
+    lane = tl.arange(0, BLOCK)
+    num_blocks = tl.cdiv(num_words, BLOCK)
 
-    s, slope = _tempered(
-        student_ptr + place, student_bias_ptr, word, stride, num_words,
-        student_scale, student_cap, inverse_temperature, STUDENT_BIAS, STUDENT_CAP,
-    )  # fmt: skip
-    t, _ = _tempered(
-        teacher_ptr + place, teacher_bias_ptr, word, stride, num_words,
-        teacher_scale, teacher_cap, inverse_temperature, TEACHER_BIAS, TEACHER_CAP,
-    )  # fmt: skip
-    gap = tl.where(valid, s - t, 0.0)
-    student_max = tl.max(s, 0)
-    teacher_max = tl.max(t, 0)
-    q = tl.exp(s - student_max)
-    p = tl.exp(t - teacher_max)
-    student_sum = tl.sum(q, 0)
-    teacher_sum = tl.sum(p, 0)
-    gap_sum = 0.0
-    if KIND == "reverse_kl":
-        gap_sum = tl.sum(q * gap, 0)
-    if PARTS > 1:
-        tl.store(partial_ptr + part, student_max)
-        tl.store(partial_ptr + PARTS + part, student_sum)
-        tl.store(partial_ptr + 2 * PARTS + part, teacher_max)
-        tl.store(partial_ptr + 3 * PARTS + part, teacher_sum)
+    student_top = tl.full((BLOCK,), -1e30, tl.float32)
+    teacher_top = tl.full((BLOCK,), -1e30, tl.float32)
+    student_sum = tl.zeros((BLOCK,), tl.float32)
+    teacher_sum = tl.zeros((BLOCK,), tl.float32)
+    gap_sum = tl.zeros((BLOCK,), tl.float32)
+    for block in range(num_blocks):
+        word = block * BLOCK + lane
+        s, _ = _tempered(
+            student_ptr, student_bias_ptr, word, stride, num_words,
+            student_scale, student_cap, inverse_temperature, STUDENT_BIAS, STUDENT_CAP,
+        )  # fmt: skip
+        t, _ = _tempered(
+            teacher_ptr, teacher_bias_ptr, word, stride, num_words,
+            teacher_scale, teacher_cap, inverse_temperature, TEACHER_BIAS, TEACHER_CAP,
+        )  # fmt: skip
+        student_top, student_sum, old, new = _fold(s, student_top, student_sum)
+        teacher_top, teacher_sum, _, _ = _fold(t, teacher_top, teacher_sum)
         if KIND == "reverse_kl":
-            tl.store(partial_ptr + 4 * PARTS + part, gap_sum)
-        _meet(arrivals_ptr, PARTS)
-        there = parts < PARTS
-        max_P = tl.load(partial_ptr + parts, mask=there, other=float("-inf"), cache_modifier=".cg")
-        sum_P = tl.load(partial_ptr + PARTS + parts, mask=there, other=0.0, cache_modifier=".cg")
-        own_max = student_max
-        student_max = tl.max(max_P, 0)
-        rescale_P = tl.exp(max_P - student_max)
-        student_sum = tl.sum(sum_P * rescale_P, 0)
-        q = q * tl.exp(own_max - student_max)
-        if KIND == "reverse_kl":
-            gap_P = tl.load(partial_ptr + 4 * PARTS + parts, mask=there, other=0.0, cache_modifier=".cg")
-            gap_sum = tl.sum(gap_P * rescale_P, 0)
-        max_P = tl.load(partial_ptr + 2 * PARTS + parts, mask=there, other=float("-inf"), cache_modifier=".cg")
-        sum_P = tl.load(partial_ptr + 3 * PARTS + parts, mask=there, other=0.0, cache_modifier=".cg")
-        own_max = teacher_max
-        teacher_max = tl.max(max_P, 0)
-        teacher_sum = tl.sum(sum_P * tl.exp(max_P - teacher_max), 0)
-        p = p * tl.exp(own_max - teacher_max)
-    q = q * (1.0 / student_sum)
-    p = p * (1.0 / teacher_sum)
-    r = tl.where(valid, gap - ((student_max - teacher_max) + tl.log(student_sum / teacher_sum)), 0.0)
+            gap_sum = gap_sum * old + new * tl.where(word < num_words, s - t, 0.0)
+    student_max = tl.max(student_top, 0)
+    teacher_max = tl.max(teacher_top, 0)
+    rescale = tl.exp(student_top - student_max)
+    student_total = tl.sum(student_sum * rescale, 0)
+    teacher_total = tl.sum(teacher_sum * tl.exp(teacher_top - teacher_max), 0)
+    mean_gap = tl.sum(gap_sum * rescale, 0) / student_total  # E_q d
+    shift = (student_max - teacher_max) + tl.log(student_total / teacher_total)  # log(Z_q / Z_p)
+    student_factor = 1.0 / student_total
+    teacher_factor = 1.0 / teacher_total
 
-    if KIND == "reverse_kl":
-        values = tl.where(tl.abs(r) < 0.25, q * _excess(r), q * (r - 1.0) + p)
-        gradient = q * (gap - gap_sum / student_sum)  # r − KL, without the error of the normalisers
-    elif KIND == "forward_kl":
+    mean_share = 0.0  # E_q log(q/m)
+    if KIND == "jsd" and WITH_GRADIENT:
+        shares = tl.zeros((BLOCK,), tl.float32)
+        for step in range(num_blocks):
+            word = (num_blocks - 1 - step) * BLOCK + lane
+            s, _ = _tempered(
+                student_ptr, student_bias_ptr, word, stride, num_words,
+                student_scale, student_cap, inverse_temperature, STUDENT_BIAS, STUDENT_CAP,
+            )  # fmt: skip
+            t, _ = _tempered(
+                teacher_ptr, teacher_bias_ptr, word, stride, num_words,
+                teacher_scale, teacher_cap, inverse_temperature, TEACHER_BIAS, TEACHER_CAP,
+            )  # fmt: skip
+            r = tl.where(word < num_words, (s - t) - shift, 0.0)
+            student_share, _ = _log_shares(r, beta)
+            shares += tl.exp(s - student_max) * student_share
+        mean_share = tl.sum(shares, 0) * student_factor
+
+    values = tl.zeros((BLOCK,), tl.float32)
+    for step in range(num_blocks):
+        # After an even number of readings the end of the row is what was read last, after an odd one the beginning.
+        block = step if KIND == "jsd" and WITH_GRADIENT else num_blocks - 1 - step
+        word = block * BLOCK + lane
+        s, slope = _tempered(
+            student_ptr, student_bias_ptr, word, stride, num_words,
+            student_scale, student_cap, inverse_temperature, STUDENT_BIAS, STUDENT_CAP,
+        )  # fmt: skip
+        t, _ = _tempered(
+            teacher_ptr, teacher_bias_ptr, word, stride, num_words,
+            teacher_scale, teacher_cap, inverse_temperature, TEACHER_BIAS, TEACHER_CAP,
+        )  # fmt: skip
+        gap = tl.where(word < num_words, s - t, 0.0)
+        r = tl.where(word < num_words, gap - shift, 0.0)
+        q = tl.exp(s - student_max) * student_factor
+        p = tl.exp(t - teacher_max) * teacher_factor
         near = tl.abs(r) < 0.25
-        values = tl.where(near, p * _excess(-r), q - p * (r + 1.0))
-        gradient = tl.where(near, q * (r - _excess(r)), q - p)
-    else:
-        student_share, teacher_share = _log_shares(r, beta)
-        values = beta * p * teacher_share + (1.0 - beta) * q * student_share
-        values = tl.where(tl.abs(r) < 0.0625, q * _mixture_excess(r, beta), values)
-        share = tl.sum(q * student_share, 0)
-        if WITH_GRADIENT and PARTS > 1:
-            tl.store(partial_ptr + 5 * PARTS + part, share)
-            _meet(arrivals_ptr, 2 * PARTS)
-            share_P = tl.load(partial_ptr + 5 * PARTS + parts, mask=parts < PARTS, other=0.0, cache_modifier=".cg")
-            share = tl.sum(share_P, 0)
-        gradient = (1.0 - beta) * q * (student_share - share)
-    tl.store(value_ptr + tl.program_id(0), tl.sum(values, 0))
-    if WITH_GRADIENT:
-        gradient = (gradient * slope).to(gradient_ptr.dtype.element_ty)
-        tl.store(gradient_ptr + place + word, gradient, mask=word < stride)
+        if KIND == "reverse_kl":
+            values += tl.where(near, q * _excess(r), q * (r - 1.0) + p)
+            gradient = q * (gap - mean_gap)
+        elif KIND == "forward_kl":
+            values += tl.where(near, p * _excess(-r), q - p * (r + 1.0))
+            gradient = tl.where(near, q * (r - _excess(r)), q - p)
+        else:
+            student_share, teacher_share = _log_shares(r, beta)
+            value = beta * p * teacher_share + (1.0 - beta) * q * student_share
+            values += tl.where(tl.abs(r) < 0.0625, q * _mixture_excess(r, beta), value)
+            gradient = (1.0 - beta) * q * (student_share - mean_share)
+        if WITH_GRADIENT:
+            place = gradient_ptr + row.to(tl.int64) * stride + word
+            tl.store(place, (gradient * slope).to(gradient_ptr.dtype.element_ty), mask=word < stride)
+    tl.store(value_ptr + row, tl.sum(values, 0))

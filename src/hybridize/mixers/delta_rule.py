@@ -8,7 +8,7 @@ Queries come in heads, keys and values in groups, and are convolved in groups to
 computed in fp32 whatever the module's dtype.
 
 Legend: B batch, L length, E hidden size, H heads, G groups of heads, K width of queries and keys, V width of values
-(V = K), X channels of the convolution: H K + G K + G V, T its taps.
+(V = K), X channels, of the convolution H K + G K + G V, T its taps.
 """
 
 import math
@@ -33,6 +33,10 @@ _GATES = {"silu": silu, "sigmoid": sigmoid}
 
 class DeltaRuleMixer(Mixer):
     """A delta rule as a drop-in for an attention module; a subclass names the recurrence, makes decays and gate.
+
+    Its parameters: `q_proj`, `k_proj`, `v_proj`, `o_proj`, `b_proj`; `conv1d` over q | k | v; `A_log`, one per head;
+    `dt_bias`, one per decay; the subclass's projections; and as the spec has it, `gate_bias`, `q_norm.weight`,
+    `k_norm.weight`, and `o_norm.weight` over a head's channels.
 
     Args:
         spec: a resolved spec.

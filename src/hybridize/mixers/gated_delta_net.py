@@ -14,7 +14,10 @@ from hybridize.ops.gated_delta import gated_delta_rule, gated_delta_rule_step
 
 
 class GatedDeltaNetMixer(DeltaRuleMixer):
-    """Gated delta net as a drop-in for an attention module; see `DeltaRuleMixer`."""
+    """Gated delta net as a drop-in for an attention module; see `DeltaRuleMixer`.
+
+    Its own parameters: `a_proj` for decays and `g_proj` for the gate.
+    """
 
     recurrence = staticmethod(gated_delta_rule)
     recurrence_step = staticmethod(gated_delta_rule_step)

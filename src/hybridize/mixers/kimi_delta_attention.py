@@ -17,7 +17,10 @@ from hybridize.spec.mixers import KimiDeltaAttentionSpec
 
 
 class KimiDeltaAttentionMixer(DeltaRuleMixer):
-    """Kimi delta attention as a drop-in for an attention module; see `DeltaRuleMixer`."""
+    """Kimi delta attention as a drop-in for an attention module; see `DeltaRuleMixer`.
+
+    Its own parameters: `f_a_proj` and `f_b_proj` for decays, `g_a_proj` and `g_b_proj` for the gate.
+    """
 
     recurrence = staticmethod(kimi_delta_attention)
     recurrence_step = staticmethod(kimi_delta_attention_step)

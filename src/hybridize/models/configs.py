@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from hybridize import _register
@@ -100,10 +100,17 @@ def read_layout(mixers: Sequence[Any] | None, num_layers: int, place: str = "con
         raise ValueError(
             f"{place}: it has {len(mixers)} entries, but the model has {num_layers} layers; give one entry per layer"
         )
-    layers = [parse_mixer(mixer, f"{place}[{layer}]") for layer, mixer in enumerate(mixers)]
+    layers = [parse_mixer(_complete(mixer), f"{place}[{layer}]") for layer, mixer in enumerate(mixers)]
     for layer, spec in enumerate(layers):
         check_resolved(spec, f"{place}[{layer}]")
     return LayoutSpec(layers=tuple(layers))
+
+
+def _complete(mixer: Any) -> Any:
+    """A stored mixer with what it says of biases and norms, which the first checkpoints had none of and leave out."""
+    if isinstance(mixer, Mapping) and mixer.get("type") == "mamba1":
+        return {"qkv_bias": False, "output_bias": False, "qk_norm": "none", "norm_eps": 1e-6} | dict(mixer)
+    return mixer
 
 
 def check_resolved(spec: Spec, place: str) -> None:

@@ -9,6 +9,9 @@ A layer may have a sink: one learnt logit per query head that takes part in each
 of the first tokens that heads rest on and that a window hides (arXiv 2309.17453; learnt as in gpt-oss, arXiv
 2508.10925). With scores s of the visible keys and the sink z, a key's weight is exp(s) / (exp(z) + sum of exp(s)).
 
+A window layer's part of a `DynamicCache` holds the window's tokens and no more. A static cache keeps the size that
+transformers gives it: the teacher's own window, or the whole sequence.
+
 Long sequences are done in blocks of queries, each against its window's keys, so that memory grows with length times
 window at most; with gradients a block is computed again in backward and nothing of its size is kept.
 
@@ -18,7 +21,7 @@ C queries of a block, K keys that a block sees.
 
 import copy
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,64 +94,89 @@ def window_attention(
         )
         return out_BHLD.transpose(1, 2).contiguous(), None
 
+    low, high = 0, num_keys
+    if not isinstance(first, Tensor):  # what no query sees
+        low, high = max(first - window + 1, 0), first + length
+    key_BGSD, value_BGSD = key_BGSD[:, :, low:high], value_BGSD[:, :, low:high]
+    valid_BS = None if valid_BS is None else valid_BS[:, low:high]
+    first = first - low
+    attend = functools.partial(_attend, window=window, scaling=scaling, softcap=softcap, dropout=dropout)
+    if length <= _BLOCK:
+        seen = _Seen(first, document_BL, document_BL, valid_BS)
+        return attend(query_BHLD, sink_H, key_BGSD, value_BGSD, seen=seen), None
+
+    # Keys and values are cut as the queries are, so that their gradients are put together in one go.
+    sizes = [min(_BLOCK, length - start) for start in range(0, length, _BLOCK)]
+    keys, values = (states.split([first, *sizes], dim=2) for states in (key_BGSD, value_BGSD))
     blocks = []
-    for start in range(0, length, _BLOCK):
-        stop = min(start + _BLOCK, length)
-        low, high = 0, num_keys
-        if not isinstance(first, Tensor):
-            low, high = max(first + start - window + 1, 0), first + stop
-        attend = functools.partial(
-            _attend,
-            window=window,
-            distance=first + start - low,
-            scaling=scaling,
-            softcap=softcap,
-            dropout=dropout,
-            document_BC=None if document_BL is None else document_BL[:, start:stop],
-            document_BK=None if document_BL is None else document_BL[:, low:high],
-            valid_BK=None if valid_BS is None else valid_BS[:, low:high],
+    for block, query_BHCD in enumerate(query_BHLD.split(sizes, dim=2)):
+        start = block * _BLOCK
+        stop = start + sizes[block]
+        low = max(first + start - window + 1, 0)
+        part = 0 if low < first else 1 + (low - first) // _BLOCK
+        begin = 0 if part == 0 else first + (part - 1) * _BLOCK  # the first key of that part
+        here = slice(begin, first + stop)
+        seen = _Seen(
+            first + start - begin,
+            None if document_BL is None else document_BL[:, start:stop],
+            None if document_BL is None else document_BL[:, here],
+            None if valid_BS is None else valid_BS[:, here],
         )
-        tensors = query_BHLD[:, :, start:stop], key_BGSD[:, :, low:high], value_BGSD[:, :, low:high], sink_H
-        if length > _BLOCK and torch.is_grad_enabled():
-            blocks.append(checkpoint(attend, *tensors, use_reentrant=False, preserve_rng_state=dropout > 0))
+        states = (*keys[part : block + 2], *values[part : block + 2])
+        if torch.is_grad_enabled():
+            out_BCHD = checkpoint(
+                attend, query_BHCD, sink_H, *states, seen=seen, use_reentrant=False, preserve_rng_state=dropout > 0
+            )
         else:
-            blocks.append(attend(*tensors))
-    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)), None
+            out_BCHD = attend(query_BHCD, sink_H, *states, seen=seen)
+        blocks.append(out_BCHD)
+    return torch.cat(blocks, dim=1), None
+
+
+class _Seen(NamedTuple):
+    """What decides, beside the window, which of a block's keys its queries see.
+
+    Attributes:
+        distance: the number of the first query's own key among the keys.
+        document_BC: number of each query's document.
+        document_BK: number of each key's document.
+        valid_BK: False where a key is padding.
+    """
+
+    distance: Any
+    document_BC: Tensor | None
+    document_BK: Tensor | None
+    valid_BK: Tensor | None
 
 
 def _attend(
     query_BHCD: Tensor,
-    key_BGKD: Tensor,
-    value_BGKD: Tensor,
     sink_H: Tensor | None,
-    *,
+    *states_BGKD: Tensor,
+    seen: _Seen,
     window: int,
-    distance: Any,
     scaling: float,
     softcap: float | None,
     dropout: float,
-    document_BC: Tensor | None,
-    document_BK: Tensor | None,
-    valid_BK: Tensor | None,
 ) -> Tensor:
-    """One block of queries against the keys of its windows; the first query's own key is number `distance`.
+    """One block of queries against the keys of its windows, in parts: all parts' keys, then all parts' values.
 
     Returns [B, C, H, D].
     """
+    num_parts = len(states_BGKD) // 2
+    key_BGKD, value_BGKD = states_BGKD[0], states_BGKD[num_parts]
+    if num_parts > 1:
+        key_BGKD, value_BGKD = (torch.cat(part, dim=2) for part in (states_BGKD[:num_parts], states_BGKD[num_parts:]))
     batch, num_heads, num_queries, _ = query_BHCD.shape
     num_groups, num_keys = key_BGKD.shape[1:3]
-    place_C = torch.arange(num_queries, device=query_BHCD.device) + distance
-    back_CK = place_C[:, None] - torch.arange(num_keys, device=query_BHCD.device)
-    seen_BCK = ((back_CK >= 0) & (back_CK < window))[None]
-    if document_BC is not None and document_BK is not None:
-        seen_BCK = seen_BCK & (document_BC[:, :, None] == document_BK[:, None])
-    if valid_BK is not None:  # padding sees itself, so that no row is empty
-        seen_BCK = seen_BCK & (valid_BK[:, None] | (back_CK == 0))
+    seen_BCK = None
+    if num_queries > 1 or isinstance(seen.distance, Tensor) or seen.valid_BK is not None:
+        seen_BCK = _mask(seen, num_queries, num_keys, window, key_BGKD.device)
 
     # A group's query heads read the same keys: they are further rows of one head. Nothing is repeated but the mask.
     rows = num_heads // num_groups * num_queries
     query_BGRD = query_BHCD.reshape(batch, num_groups, rows, -1)
-    seen_B1RK = seen_BCK.repeat(1, num_heads // num_groups, 1)[:, None]
+    seen_B1RK = None if seen_BCK is None else seen_BCK.repeat(1, num_heads // num_groups, 1)[:, None]
     if sink_H is None and softcap is None:
         out_BGRD = scaled_dot_product_attention(
             query_BGRD, key_BGKD, value_BGKD, attn_mask=seen_B1RK, dropout_p=dropout, scale=scaling
@@ -158,13 +186,26 @@ def _attend(
         if softcap is not None:
             score_BGRK = softcap * torch.tanh(score_BGRK / softcap)
         score_BGRK = score_BGRK.to(torch.promote_types(score_BGRK.dtype, torch.float32))
-        score_BGRK = score_BGRK.masked_fill(~seen_B1RK, float("-inf"))
+        if seen_B1RK is not None:
+            score_BGRK = score_BGRK.masked_fill(~seen_B1RK, float("-inf"))
         if sink_H is not None:
             sink_GR1 = sink_H.to(score_BGRK.dtype).repeat_interleave(num_queries).view(num_groups, rows, 1)
             score_BGRK = torch.cat([score_BGRK, sink_GR1.expand(batch, -1, -1, -1)], dim=-1)
         weight_BGRK = softmax(score_BGRK, dim=-1)[..., :num_keys].to(value_BGKD.dtype)
         out_BGRD = drop(weight_BGRK, p=dropout) @ value_BGKD
     return out_BGRD.reshape(batch, num_heads, num_queries, -1).transpose(1, 2).contiguous()
+
+
+def _mask(seen: _Seen, num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
+    """Which keys each query sees, [B or 1, C, K] bool."""
+    place_C = torch.arange(num_queries, device=device) + seen.distance
+    back_CK = place_C[:, None] - torch.arange(num_keys, device=device)
+    seen_BCK = ((back_CK >= 0) & (back_CK < window))[None]
+    if seen.document_BC is not None and seen.document_BK is not None:
+        seen_BCK = seen_BCK & (seen.document_BC[:, :, None] == seen.document_BK[:, None])
+    if seen.valid_BK is not None:  # padding sees itself, so that no row is empty
+        seen_BCK = seen_BCK & (seen.valid_BK[:, None] | (back_CK == 0))
+    return seen_BCK
 
 
 def _pad_to(valid_BS: Tensor, num_keys: int, right: bool) -> Tensor:

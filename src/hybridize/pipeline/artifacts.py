@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hybridize.files import write_whole
+from hybridize.pipeline.locking import alone_in
+from hybridize.pipeline.progress import Reporter
 from hybridize.spec.base import StoppedError
 
 FORMAT = "hybridize.manifest/1"
@@ -125,10 +127,12 @@ def make_artifact(
     work: Callable[[Path], Mapping[str, Any]],
     scratch: Iterable[str] = (),
     replace: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Artifact:
     """Do a stage's work in a hidden sibling folder, then give it its name.
 
-    What an earlier, killed call with the same key left in the hidden folder is there for `work` to go on from.
+    What an earlier, killed call with the same key left in the hidden folder is there for `work` to go on from. Of two
+    calls at once, the second fails.
 
     Args:
         folder: what the artifact will be called.
@@ -139,17 +143,19 @@ def make_artifact(
         work: fills a folder and returns metrics as plain data.
         scratch: names inside that folder which do not belong to the result (checkpoints to resume from).
         replace: whether an older artifact of that name may be replaced.
+        say: told what a person should know; by default it goes to standard error.
 
     Raises:
         ValueError: the folder exists and may not be replaced, or is no artifact; or unfinished work of another key,
-            with something in `scratch`, would be lost and `replace` is not given.
+            with something in `scratch`, would be lost and `replace` is not given; or another process is at work on it.
         StoppedError: the disk is full or cannot be written.
     """
-    check_target(folder, replace)
     partial = folder.parent / f".{folder.name}.partial"
     key_file = partial / _KEY_FILE
     scratch = tuple(scratch)
-    with writing(folder):
+    lock_file = folder.parent / f".{folder.name}.lock"
+    with writing(folder), alone_in(folder, lock_file, say or Reporter().say):
+        check_target(folder, replace)
         finished = _read_finished(partial, key)
         if finished is not None:
             return _publish(partial, folder, finished, scratch)

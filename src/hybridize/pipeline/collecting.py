@@ -69,7 +69,11 @@ _POINTS = {
 
 
 def collect(
-    written: RecipeSpec, num_layers: int, artifacts: Mapping[str, Artifact], title: str | None = None
+    written: RecipeSpec,
+    num_layers: int,
+    artifacts: Mapping[str, Artifact],
+    title: str | None = None,
+    stale: Mapping[str, str] | None = None,
 ) -> ReportData:
     """Everything that finished stages have to tell.
 
@@ -78,15 +82,18 @@ def collect(
         num_layers: of the teacher.
         artifacts: finished stages by name.
         title: of the report.
+        stale: what the next run would do anew, and why, by stage.
     """
-    return _Study(expand(written, num_layers), num_layers, artifacts).data(written, title)
+    return _Study(expand(written, num_layers), num_layers, artifacts, stale or {}).data(written, title)
 
 
 class _Study:
     """A run: its stages that have finished, and how they descend from one another."""
 
-    def __init__(self, recipe: RecipeSpec, num_layers: int, artifacts: Mapping[str, Artifact]) -> None:
-        self.recipe, self.num_layers, self.artifacts = recipe, num_layers, artifacts
+    def __init__(
+        self, recipe: RecipeSpec, num_layers: int, artifacts: Mapping[str, Artifact], stale: Mapping[str, str]
+    ) -> None:
+        self.recipe, self.num_layers, self.artifacts, self.stale = recipe, num_layers, artifacts, stale
         self.stages: dict[str, Any] = {stage.name: stage for stage in recipe.stages}
 
     def data(self, written: RecipeSpec, title: str | None) -> ReportData:
@@ -113,6 +120,7 @@ class _Study:
             traces=tuple(self._traces()),
             merges=tuple(self._merges()),
             result=result,
+            stale=self.stale,
         )
 
     def _done(self, *kinds: type[StageSpec]) -> Iterator[Any]:
@@ -343,7 +351,8 @@ class _Study:
         for name, artifact in self.artifacts.items():
             metrics = artifact.metrics
             tokens = metrics.get("tokens") or metrics.get("cost", {}).get("tokens")
-            yield StageCost(name, artifact.manifest["seconds"], tokens, metrics.get("num_trainable_parameters"))
+            trained, status = metrics.get("num_trainable_parameters"), "stale" if name in self.stale else "done"
+            yield StageCost(name, artifact.manifest["seconds"], tokens, trained, status)
 
 
 def _score(score: Mapping[str, Any]) -> Score:

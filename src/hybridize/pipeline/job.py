@@ -6,10 +6,8 @@ from typing import Any
 
 from hybridize.pipeline.artifacts import Artifact
 from hybridize.pipeline.progress import Reporter
-from hybridize.spec.data import DataSpec, FileDataSpec, TracesDataSpec
+from hybridize.spec.data import TRACES_FILE, DataSpec, FileDataSpec, TracesDataSpec
 from hybridize.spec.stages import TEACHER, DataStage
-
-TRACES_FILE = "traces.parquet"
 
 
 @dataclass

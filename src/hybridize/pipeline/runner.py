@@ -1,6 +1,9 @@
 """Run a recipe: stage by stage, skipping what stands, going on where a killed run stopped."""
 
 import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from hybridize.pipeline.artifacts import (
     read_artifact,
     writing,
 )
+from hybridize.pipeline.locking import alone_in
 from hybridize.pipeline.planning import read_teacher_config
 from hybridize.pipeline.progress import Reporter, quiet_libraries
 from hybridize.pipeline.stages import (
@@ -46,6 +50,7 @@ from hybridize.spec.stages import (
 )
 
 RECIPE_FILE = "recipe.json"
+LOCK_FILE = ".lock"
 
 
 def run_recipe(recipe: RecipeSpec, reporter: Reporter | None = None) -> dict[str, Artifact]:
@@ -57,7 +62,8 @@ def run_recipe(recipe: RecipeSpec, reporter: Reporter | None = None) -> dict[str
         The finished stages by name, in the order of `expand(recipe, ...)`.
 
     Raises:
-        ValueError: the recipe does not fit the teacher, an input is malformed, or an artifact was damaged.
+        ValueError: the recipe does not fit the teacher, an input is malformed, an artifact was damaged, or another
+            process is running a recipe into that folder.
     """
     reporter = reporter or Reporter()
     written, num_layers = recipe, check_against_teacher(recipe)
@@ -66,34 +72,31 @@ def run_recipe(recipe: RecipeSpec, reporter: Reporter | None = None) -> dict[str
     for stage in recipe.stages:
         check_target(output / stage.name, replace=True)
     _check_files(recipe)
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-        facts = {"num_layers": num_layers, "recipe": written.model_dump(mode="json")}
-        write_whole(output / RECIPE_FILE, json.dumps(facts, indent=1))
-    job = Job(recipe.teacher, recipe.data, reporter)
-    teacher_print = fingerprint_model(recipe.teacher)
-    for number, stage in enumerate(recipe.stages, 1):
-        reporter.say(f"[bold]{number}/{len(recipe.stages)} {stage.name}[/bold]  {describe(stage)}")
-        if isinstance(stage, ReportStage):
-            from hybridize.pipeline.reporting import make_report
+    with ExitStack() as held:
+        with writing(output):
+            held.enter_context(alone_in(output, output / LOCK_FILE, reporter.say))
+            facts = {"num_layers": num_layers, "recipe": written.model_dump(mode="json")}
+            write_whole(output / RECIPE_FILE, json.dumps(facts, indent=1))
+        job = Job(recipe.teacher, recipe.data, reporter)
+        teacher_print = fingerprint_model(recipe.teacher)
+        for number, stage in enumerate(recipe.stages, 1):
+            reporter.say(f"[bold]{number}/{len(recipe.stages)} {stage.name}[/bold]  {describe(stage)}")
+            if isinstance(stage, ReportStage):
+                from hybridize.pipeline.reporting import make_report
 
-            artifact = make_report(stage, written, num_layers, job.artifacts, output)
-        else:
-            artifact = run_stage(stage, job, output / stage.name, teacher_print, replace=True)
-        job.artifacts[stage.name] = artifact
-        reporter.say(f"  {outcome(stage, artifact)}")
-    return job.artifacts
+                artifact = make_report(stage, written, num_layers, job.artifacts, output)
+            else:
+                artifact = run_stage(stage, job, output / stage.name, teacher_print, replace=True)
+            job.artifacts[stage.name] = artifact
+            reporter.say(f"  {outcome(stage, artifact)}")
+        return job.artifacts
 
 
 def run_stage(stage: StageSpec, job: Job, folder: Path, teacher_print: str, *, replace: bool = False) -> Artifact:
     """Run one stage, unless its result stands."""
     kind = getattr(stage, "kind")  # noqa: B009 - every concrete stage has one, the base has not
     inputs = {"teacher": teacher_print} | {name: job.artifacts[name].digest for name in stage.inputs}
-    if isinstance(stage, DataStage):
-        inputs["data"] = fingerprint_data(stage.data or job.data)
-    if judges_in_world(stage):
-        inputs["world"] = str(WORLD_VERSION)
-    inputs |= {field: fingerprint_path(path, f"{stage.name}.{field}") for field, path in files_of(stage).items()}
+    inputs |= {name: fingerprint() for name, fingerprint in outside_inputs(stage, job.data).items()}
     key = digest_of({"kind": kind, "spec": spec_for_key(stage), "inputs": inputs})
     quiet_libraries()
     standing = read_artifact(folder, key)
@@ -106,9 +109,10 @@ def run_stage(stage: StageSpec, job: Job, folder: Path, teacher_print: str, *, r
         key=key,
         spec=stage.model_dump(mode="json"),
         inputs=inputs,
-        work=lambda partial: RUNNERS[kind](stage, job, partial),
+        work=lambda unfinished: RUNNERS[kind](stage, job, unfinished),
         scratch=SCRATCH.get(kind, ()),
         replace=replace,
+        say=job.reporter.say,
     )
 
 
@@ -124,6 +128,27 @@ def _check_files(recipe: RecipeSpec) -> None:
     for place, data in sources:
         if isinstance(data, FileDataSpec) and not Path(data.path).is_file():
             raise ValueError(f"{place}.path: there is no file {data.path}; check the path")
+
+
+def outside_inputs(stage: StageSpec, data: DataSpec) -> dict[str, Callable[[], str]]:
+    """What identifies all that a stage reads beside models, traces and rankings, worked out when it is called.
+
+    Args:
+        stage: of a recipe.
+        data: what it reads unless it has data of its own.
+
+    Returns:
+        By the name that its manifest gives it: `data`, `world`, or the field that names a file. Each raises a
+        `ValueError` if what it is about is missing.
+    """
+    found: dict[str, Callable[[], str]] = {}
+    if isinstance(stage, DataStage):
+        found["data"] = partial(fingerprint_data, stage.data or data)
+    if judges_in_world(stage):
+        found["world"] = lambda: str(WORLD_VERSION)
+    for field, path in files_of(stage).items():
+        found[field] = partial(fingerprint_path, path, f"{stage.name}.{field}")
+    return found
 
 
 def fingerprint_data(data: DataSpec) -> str:

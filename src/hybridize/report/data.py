@@ -87,6 +87,7 @@ class ReportData:
         merges: models that were made by merging.
         result: name of the model that the first sentence is about; by default the last one judged that is neither
             the teacher, a control nor untrained.
+        stale: stages whose results were made from what has changed since, and what that is, in words.
     """
 
     title: str
@@ -107,6 +108,7 @@ class ReportData:
     traces: tuple[Traces, ...] = ()
     merges: tuple[Merge, ...] = ()
     result: str = ""
+    stale: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for ranking in self.rankings:

@@ -18,7 +18,6 @@ from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
 from hybridize.models import FAMILIES, ModelFamily, find_family
-from hybridize.models.configs import body_config
 from hybridize.serving.layers import ServedIdentity, ServedMixer
 from hybridize.serving.loading import HybridWeights, Target
 from hybridize.serving.natives import native_model
@@ -93,15 +92,25 @@ class ServedHybrid:
 
 @contextmanager
 def _as_the_teacher(vllm_config: VllmConfig) -> Iterator[None]:
-    """Show vLLM's code the config with the kinds of attention that the teacher has."""
+    """Show vLLM's code the teacher's config for a while."""
     model_config = vllm_config.model_config
-    hybrid = model_config.hf_config
-    text_config = model_config.hf_text_config
-    model_config.hf_config = model_config.hf_text_config = body_config(hybrid)
+    shown = model_config.hf_config, model_config.hf_text_config
+    model_config.hf_config = model_config.hf_text_config = teacher_config_of(model_config.hf_config)
     try:
         yield
     finally:
-        model_config.hf_config, model_config.hf_text_config = hybrid, text_config
+        model_config.hf_config, model_config.hf_text_config = shown
+
+
+def teacher_config_of(config: Any) -> Any:
+    """The teacher's config, of the class that transformers and vLLM have for the family, by a hybrid's."""
+    teacher_class = find_family(config.model_type).teacher_config()
+    fields = config.to_dict()
+    for name in ("model_type", "mixers", "attention_types", "layer_types"):
+        fields.pop(name, None)
+    if "layer_types" in teacher_class.__dataclass_fields__:
+        fields["layer_types"] = list(config.attention_types)
+    return teacher_class.from_dict(fields)
 
 
 def _forget(vllm_config: VllmConfig, prefix: str) -> None:

@@ -81,6 +81,10 @@ class HubDataSpec(Spec):
     revision: str | None = None
 
 
+TRACES_FILE = "traces.parquet"
+"""The file in a traces stage's folder that holds what it made."""
+
+
 class TracesDataSpec(Spec):
     """What an earlier `traces` stage made.
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-_MIXER = ".mixer."
+from hybridize.models import find_family, layout_of
 
 # Matrices by shape, but no weights of a product: a mixer's decay rates and skips, biases, norms.
 _NO_DECAY = re.compile(r"(^|\.)(A_log|D|bias)$|norm")
@@ -17,7 +17,8 @@ def choose_trainable(student: Any, train: Literal["all", "mixers"], freeze: Sequ
 
     Args:
         student: a model; tied parameters are frozen if either of their names asks for it.
-        train: `all`, or the `mixers` that stand for attention.
+        train: `all`, or the `mixers`: what mixes along the sequence in the layers that are not the teacher's attention
+            any more; of a sliding window, the attention that looks through it.
         freeze: parts of names of parameters to freeze in addition.
 
     Raises:
@@ -25,7 +26,8 @@ def choose_trainable(student: Any, train: Literal["all", "mixers"], freeze: Sequ
     """
     named = list(student.named_parameters(remove_duplicate=False))
     names = [name for name, _ in named]
-    if train == "mixers" and not any(_MIXER in name for name in names):
+    mixers = mixer_prefixes(student)
+    if train == "mixers" and not any(name.startswith(mixers) for name in names):
         raise ValueError("train: 'mixers' is asked for, but the student has none; use 'all', or convert layers")
     for pattern in freeze:
         if not any(pattern in name for name in names):
@@ -35,10 +37,16 @@ def choose_trainable(student: Any, train: Literal["all", "mixers"], freeze: Sequ
     for _, parameter in named:
         parameter.requires_grad_(True)
     for name, parameter in named:
-        if (train == "mixers" and _MIXER not in name) or any(pattern in name for pattern in freeze):
+        if (train == "mixers" and not name.startswith(mixers)) or any(pattern in name for pattern in freeze):
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for _, parameter in named):
         raise ValueError(f"freeze: {', '.join(map(repr, freeze))} leaves nothing to train; freeze less")
+
+
+def mixer_prefixes(student: Any) -> tuple[str, ...]:
+    """What the names of the parameters begin with that belong to layers which are not the teacher's attention."""
+    family = find_family(student.config.model_type)
+    return tuple(f"{family.attention_path(layer)}." for layer in layout_of(student.config).replaced)
 
 
 def decays(name: str, parameter: torch.Tensor) -> bool:

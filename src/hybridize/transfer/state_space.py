@@ -195,8 +195,8 @@ def _check_norm(spec: Mamba1Spec | Mamba2Spec, geometry: AttentionGeometry, plac
         )
     if spec.qk_norm == "head" and spec.state_size != geometry.head_dim:
         raise ValueError(
-            f"{place}.qk_norm: the teacher normalises queries and keys over heads of width {geometry.head_dim}, but the "
-            f"mixer's have state_size {spec.state_size}; set state_size to {geometry.head_dim}, or qk_norm to 'none'"
+            f"{place}.qk_norm: the teacher normalises queries and keys over heads of width {geometry.head_dim}, but "
+            f"the mixer's have state_size {spec.state_size}; set that to {geometry.head_dim}, or qk_norm to 'none'"
         )
 
 

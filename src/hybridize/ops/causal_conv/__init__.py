@@ -20,9 +20,10 @@ from hybridize.ops.causal_conv.shifted import causal_conv_shifted, with_window
 __all__ = ["BACKENDS", "causal_conv", "causal_conv_step"]
 
 
-
 def _causal_conv_triton(*args: Tensor | None, **options: Any) -> Tensor:
-    from hybridize.ops.causal_conv.triton import causal_conv_triton  # needs Triton, which not every machine has
+    if not find_spec("triton"):
+        raise ValueError("backend: 'triton' needs Triton, which is not installed; use 'shifted', or None")
+    from hybridize.ops.causal_conv.triton import causal_conv_triton
 
     return causal_conv_triton(*args, **options)
 

@@ -32,7 +32,9 @@ def causal_conv_reference(
     num_taps = weight_DK.shape[1]
     if window_BDK is None:
         window_BDK = x_BLD.new_zeros(batch, num_channels, num_taps)
-    past = list(window_BDK.to(x_BLX.dtype).to(dtype).unbind(-1))
+    # The repetitions of a channel hold the same inputs; the first one speaks for all.
+    window_BGRWK = window_BDK.unflatten(1, (-1, times, width))[:, :, :1].expand(-1, -1, times, -1, -1)
+    past = list(window_BGRWK.flatten(1, 3).to(x_BLX.dtype).to(dtype).unbind(-1))
     y_steps = []
     for t in range(length):
         if starts_BL is not None:

@@ -23,7 +23,9 @@ __all__ = ["BACKENDS", "selective_scan", "selective_scan_step"]
 
 
 def _selective_scan_triton(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    from hybridize.ops.selective_scan.triton import selective_scan_triton  # needs Triton, which not every machine has
+    if not find_spec("triton"):
+        raise ValueError("backend: 'triton' needs Triton, which is not installed; use 'chunked', or None")
+    from hybridize.ops.selective_scan.triton import selective_scan_triton
 
     return selective_scan_triton(*args, **options)
 

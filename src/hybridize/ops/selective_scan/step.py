@@ -1,11 +1,17 @@
 """One decode step of the selective scan: the recurrence once, for one token of each sequence.
 
+On a GPU, without gradients, a Triton kernel does it in one pass over the state (`triton_step`).
+
 Legend: B batch, D channels, N states per channel, H heads, G groups of heads, P channels per head or group.
 """
+
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
+
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def selective_scan_step(
@@ -59,6 +65,28 @@ def selective_scan_step(
             f"B_BGN, C_BHN: {num_groups} groups, {num_heads} heads, {num_channels} channels; "
             "groups must divide heads, and heads channels"
         )
+    args = (state_BDN, x_BD, dt_BD, A_DN, B_BGN, C_BHN, D_D, dt_bias_D, z_BD)
+    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args)
+    if _HAS_TRITON and x_BD.is_cuda and x_BD.dtype != torch.float64 and not learning:
+        from hybridize.ops.selective_scan.triton_step import selective_scan_step_triton
+
+        return selective_scan_step_triton(*args, dt_softplus)
+    return _step(*args, dt_softplus)
+
+
+def _step(
+    state_BDN: Tensor,
+    x_BD: Tensor,
+    dt_BD: Tensor,
+    A_DN: Tensor,
+    B_BGN: Tensor,
+    C_BHN: Tensor,
+    D_D: Tensor | None,
+    dt_bias_D: Tensor | None,
+    z_BD: Tensor | None,
+    dt_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    batch, num_groups, num_heads = x_BD.shape[0], B_BGN.shape[1], C_BHN.shape[1]
     dtype = torch.promote_types(x_BD.dtype, torch.float32)
     x = x_BD.to(dtype)
     delta_BD = dt_BD.to(dtype)

@@ -1,7 +1,7 @@
 """The selective scan on a GPU: Triton kernels behind one PyTorch operator, safe to compile and to checkpoint.
 
-Kept for the backward are the inputs and one state per chunk of tokens, N / chunk numbers per token and channel; nothing of
-size tokens x D x N is ever in memory. Where documents start is read from the mask itself, token by token; a start
+Kept for the backward are the inputs and one state per chunk of tokens, N / chunk numbers per token and channel; nothing
+of size tokens x D x N is ever in memory. Where documents start is read from the mask itself, token by token; a start
 costs no pass of its own and no wait for the GPU.
 
 Legend: B batch, L length, D channels (d_inner), N states per channel, H heads, G groups of heads; S segments that run
@@ -19,55 +19,58 @@ from hybridize.ops.selective_scan.triton_forward import carry_kernel, scan_kerne
 
 # How many warps a card should have to choose from; measured on an H100 (132 multiprocessors).
 _WARPS_WANTED = 2048
-
-
-class _Shape(NamedTuple):
-    """How a kernel cuts its work: T tokens, heads and channels of a head per program, N padded to W x R."""
-
-    tokens: int
-    heads: int
-    per_block: int
-    lanes: int
-    registers: int
-    num_warps: int
-    stages: int
-
-    def options(self) -> dict[str, int]:
-        return {
-            "T": self.tokens,
-            "HEADS": self.heads,
-            "PER_BLOCK": self.per_block,
-            "W": self.lanes,
-            "R": self.registers,
-            "STAGES": self.stages,
-            "num_warps": self.num_warps,
-        }
-
-
-FORWARD = _Shape(tokens=8, heads=1, per_block=16, lanes=4, registers=4, num_warps=1, stages=2)
-BACKWARD = _Shape(tokens=4, heads=1, per_block=16, lanes=4, registers=4, num_warps=1, stages=1)
 # Tokens between two kept states.
 _KEPT_EVERY = 32
 
 
-def _fit(shape: _Shape, num_states: int, per_head: int, heads_per_group: int) -> _Shape:
-    """Adapt a shape, made for 16 states, 16 channels per head and 4 heads per group, to other sizes."""
+class _Tuning(NamedTuple):
+    """What was measured to be best for 16 states: tokens of a tile, loads ahead of time, registers per thread."""
+
+    tokens: int
+    stages: int
+    max_registers: int | None = None
+
+
+_FORWARD = _Tuning(tokens=8, stages=3)
+_BACKWARD = _Tuning(tokens=4, stages=3)
+
+
+class _Shape(NamedTuple):
+    """How a kernel cuts its work: T tokens and C channels of a head per program, N padded to W x R states."""
+
+    tokens: int
+    per_block: int
+    lanes: int
+    registers: int
+    num_warps: int
+    blocks_per_head: int
+
+    @property
+    def block_numel(self) -> int:
+        return self.per_block * self.lanes * self.registers
+
+    def options(self, tuning: _Tuning) -> dict[str, int | None]:
+        return {
+            "T": self.tokens,
+            "PER_BLOCK": self.per_block,
+            "W": self.lanes,
+            "R": self.registers,
+            "STAGES": tuning.stages,
+            "num_warps": self.num_warps,
+            "maxnreg": tuning.max_registers if self.num_warps == 1 else None,
+        }
+
+
+def _shape(num_states: int, per_head: int, tuning: _Tuning) -> _Shape:
+    """Cut the work of a head; the same but for the tokens of a tile whatever the tuning."""
     states = triton.next_power_of_2(num_states)
-    lanes = min(shape.lanes, states)
-    registers = states // lanes
-    per_block = min(triton.next_power_of_2(per_head), shape.per_block)
-    heads = 1
-    while heads < shape.heads and heads_per_group % (2 * heads) == 0:
-        heads *= 2
-    threads = heads * per_block * lanes
-    num_warps = max(1, min(shape.num_warps, threads // 32))
-    # A thread's registers hold T x (states of its channels) numbers several times over.
-    per_token = heads * per_block * states // (32 * num_warps)
-    wanted = shape.tokens * shape.heads * shape.per_block * 16 // (32 * shape.num_warps)
-    tokens = min(shape.tokens, max(2, triton.next_power_of_2(max(1, wanted // max(1, per_token)))))
-    return shape._replace(
-        tokens=tokens, heads=heads, per_block=per_block, lanes=lanes, registers=registers, num_warps=num_warps
-    )
+    lanes = min(4, states)
+    # With many states a head is wide, and is kept whole: each further part of it would write its own sums for B and C.
+    per_block = min(triton.next_power_of_2(per_head), 16 if states <= 16 else 64)
+    num_warps = min(8, max(1, per_block * states // 512))
+    per_lane = max(8, per_block * states // (32 * num_warps))
+    tokens = max(2, tuning.tokens * 8 // per_lane)
+    return _Shape(tokens, per_block, lanes, states // lanes, num_warps, triton.cdiv(per_head, per_block))
 
 
 class _Cut(NamedTuple):
@@ -80,8 +83,8 @@ class _Cut(NamedTuple):
 
 
 def _cut(shape: _Shape, batch: int, length: int, programs: int) -> _Cut:
-    chunk = max(1, _KEPT_EVERY // shape.tokens)
-    num_chunks = triton.cdiv(length, chunk * shape.tokens)
+    chunk = _KEPT_EVERY // shape.tokens
+    num_chunks = triton.cdiv(length, _KEPT_EVERY)
     wanted = max(1, _WARPS_WANTED // (batch * programs * shape.num_warps))
     # A segment of fewer than 256 tokens is not worth its carry.
     segments = min(wanted, max(1, length // 256))
@@ -135,41 +138,41 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes = _sizes(x_BLD, A_DN, B_BLGN, C_BLHN)
     batch, length, num_channels, num_states, per_head, heads_per_group = sizes
-    shape = _fit(FORWARD, num_states, per_head, heads_per_group)
+    shape = _shape(num_states, per_head, _FORWARD)
     x_BLD, dt_BLD, B_BLGN, C_BLHN = _rows(x_BLD), _rows(dt_BLD), _rows(B_BLGN), _rows(C_BLHN)
     z_BLD = None if z_BLD is None else _rows(z_BLD)
     starts_BL = None if starts_BL is None else starts_BL.contiguous()
-    programs = num_channels // per_head // shape.heads * triton.cdiv(per_head, shape.per_block)
+    programs = num_channels // per_head * shape.blocks_per_head
     cut = _cut(shape, batch, length, programs)
     grid = (programs, cut.segments, batch)
     y_BLD = x_BLD.new_empty(batch, length, num_channels)
     exact = x_BLD.new_empty(0, dtype=torch.float32)
     final_BDN = exact.new_empty(batch, num_channels, num_states)
-    kept_BKDN = exact.new_empty(batch, cut.kept if keep else 0, num_channels, num_states)
+    kept = exact.new_empty(batch, cut.kept if keep else 0, programs, shape.block_numel)
     before_BSDN = initial_state_BDN
     has_bias, has_starts = dt_bias_D is not None, starts_BL is not None
     if cut.segments > 1:
         before_BSDN = exact.new_empty(batch, cut.segments, num_channels, num_states)
         total_BSD = exact.new_empty(batch, cut.segments, num_channels)
-        segment_states_kernel[grid](
+        segment_states_kernel[programs, cut.segments - 1, batch](
             x_BLD, dt_BLD, A_DN, B_BLGN, dt_bias_D if has_bias else A_DN, starts_BL if has_starts else A_DN,
-            before_BSDN, total_BSD, length, cut.tiles, cut.segments, num_channels,
+            before_BSDN, total_BSD, length, cut.tiles, cut.segments, num_channels, 1,
             *_strides(x_BLD, dt_BLD, B_BLGN),
             N=num_states, PER_HEAD=per_head, HEADS_PER_GROUP=heads_per_group, SOFTPLUS=dt_softplus,
-            HAS_BIAS=has_bias, HAS_STARTS=has_starts, **shape.options(),
+            HAS_BIAS=has_bias, HAS_STARTS=has_starts, **shape.options(_FORWARD),
         )  # fmt: skip
         _carry(before_BSDN, total_BSD, A_DN, initial_state_BDN, reverse=False)
     scan_kernel[grid](
         x_BLD, dt_BLD, A_DN, B_BLGN, C_BLHN, A_DN if D_D is None else D_D, dt_bias_D if has_bias else A_DN,
         x_BLD if z_BLD is None else z_BLD, starts_BL if has_starts else A_DN,
-        A_DN if before_BSDN is None else before_BSDN, y_BLD, final_BDN, kept_BKDN,
-        length, cut.tiles, cut.segments, num_channels, cut.kept,
+        A_DN if before_BSDN is None else before_BSDN, y_BLD, final_BDN, kept,
+        length, cut.tiles, cut.segments, num_channels, cut.kept, 1,
         *_strides(x_BLD, dt_BLD, B_BLGN, C_BLHN, z_BLD),
         N=num_states, PER_HEAD=per_head, HEADS_PER_GROUP=heads_per_group, SOFTPLUS=dt_softplus,
         HAS_D=D_D is not None, HAS_BIAS=has_bias, HAS_Z=z_BLD is not None, HAS_STARTS=has_starts,
-        HAS_INITIAL=before_BSDN is not None, KEEP=keep, CHUNK=cut.chunk, **shape.options(),
+        HAS_INITIAL=before_BSDN is not None, KEEP=keep, CHUNK=cut.chunk, **shape.options(_FORWARD),
     )  # fmt: skip
-    return y_BLD, final_BDN, kept_BKDN
+    return y_BLD, final_BDN, kept
 
 
 def _carry(state_BSDN: Tensor, total_BSD: Tensor, A_DN: Tensor, initial_BDN: Tensor | None, reverse: bool) -> None:
@@ -198,9 +201,12 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, num_channels = x_BLD.shape
     num_kept = (length + _KEPT_EVERY - 1) // _KEPT_EVERY if keep else 0
+    per_head = num_channels // C_BLHN.shape[2]
+    shape = _shape(A_DN.shape[1], per_head, _FORWARD)
+    programs = C_BLHN.shape[2] * shape.blocks_per_head
     final_BDN = x_BLD.new_empty(batch, num_channels, A_DN.shape[1], dtype=torch.float32)
-    kept_BKDN = final_BDN.new_empty(batch, num_kept, num_channels, A_DN.shape[1])
-    return x_BLD.new_empty(batch, length, num_channels), final_BDN, kept_BKDN
+    kept = final_BDN.new_empty(batch, num_kept, programs, shape.block_numel)
+    return x_BLD.new_empty(batch, length, num_channels), final_BDN, kept
 
 
 @torch.library.custom_op("hybridize::selective_scan_backward", mutates_args=())
@@ -216,18 +222,18 @@ def _scan_backward(
     dt_bias_D: Tensor | None,
     z_BLD: Tensor | None,
     starts_BL: Tensor | None,
-    kept_BKDN: Tensor,
+    kept: Tensor,
     dt_softplus: bool,
 ) -> list[Tensor]:
     sizes = _sizes(x_BLD, A_DN, B_BLGN, C_BLHN)
     batch, length, num_channels, num_states, per_head, heads_per_group = sizes
     num_heads = num_channels // per_head
-    shape = _fit(BACKWARD, num_states, per_head, heads_per_group)
+    shape = _shape(num_states, per_head, _BACKWARD)
     dy_BLD, x_BLD, dt_BLD, B_BLGN, C_BLHN = (_rows(t) for t in (dy_BLD, x_BLD, dt_BLD, B_BLGN, C_BLHN))
     z_BLD = None if z_BLD is None else _rows(z_BLD)
     starts_BL = None if starts_BL is None else starts_BL.contiguous()
-    blocks = triton.cdiv(per_head, shape.per_block)
-    programs = num_heads // shape.heads * blocks
+    blocks = shape.blocks_per_head
+    programs = num_heads * blocks
     cut = _cut(shape, batch, length, programs)
     grid = (programs, cut.segments, batch)
     has_bias, has_starts, has_z = dt_bias_D is not None, starts_BL is not None, z_BLD is not None
@@ -238,16 +244,16 @@ def _scan_backward(
         dfinal_BDN = after_BSDN
         after_BSDN = exact.new_empty(batch, cut.segments, num_channels, num_states)
         total_BSD = exact.new_empty(batch, cut.segments, num_channels)
-        segment_grads_kernel[grid](
+        segment_grads_kernel[programs, cut.segments - 1, batch](
             dy_BLD, dt_BLD, A_DN, C_BLHN, dt_bias_D if has_bias else A_DN, x_BLD if z_BLD is None else z_BLD,
             starts_BL if has_starts else A_DN, after_BSDN, total_BSD,
-            length, cut.tiles, cut.segments, num_channels, *_strides(dy_BLD, dt_BLD, C_BLHN, z_BLD),
+            length, cut.tiles, cut.segments, num_channels, 1, *_strides(dy_BLD, dt_BLD, C_BLHN, z_BLD),
             N=num_states, PER_HEAD=per_head, SOFTPLUS=dt_softplus, HAS_BIAS=has_bias, HAS_Z=has_z,
-            HAS_STARTS=has_starts, **shape.options(),
+            HAS_STARTS=has_starts, **shape.options(_BACKWARD),
         )  # fmt: skip
         _carry(after_BSDN, total_BSD, A_DN, dfinal_BDN, reverse=True)
 
-    parts = heads_per_group // shape.heads * blocks
+    parts = heads_per_group * blocks
     dx_BLD, ddt_BLD = x_BLD.new_empty(batch, length, num_channels), dt_BLD.new_empty(batch, length, num_channels)
     dz_BLD = ddt_BLD.new_empty(0) if z_BLD is None else z_BLD.new_empty(batch, length, num_channels)
     dB = B_BLGN.new_empty(batch, length, B_BLGN.shape[2], parts, num_states, dtype=None if parts == 1 else exact.dtype)
@@ -256,18 +262,17 @@ def _scan_backward(
     dD_BSD = exact.new_empty(batch, cut.segments, num_channels)
     dbias_BSD = torch.empty_like(dD_BSD)
     dinitial_BDN = exact.new_empty(batch, num_channels, num_states)
-    states = shape.heads * shape.per_block * shape.lanes * shape.registers
-    scratch = exact.new_empty(batch * cut.segments * programs, cut.chunk, states)
+    scratch = exact.new_empty(batch * cut.segments * programs, cut.chunk, shape.block_numel)
     scan_backward_kernel[grid](
         dy_BLD, x_BLD, dt_BLD, A_DN, B_BLGN, C_BLHN, A_DN if D_D is None else D_D, dt_bias_D if has_bias else A_DN,
-        x_BLD if z_BLD is None else z_BLD, starts_BL if has_starts else A_DN, kept_BKDN,
+        x_BLD if z_BLD is None else z_BLD, starts_BL if has_starts else A_DN, kept,
         A_DN if after_BSDN is None else after_BSDN, scratch,
         dx_BLD, ddt_BLD, dB, dC, dz_BLD, dA_BSDN, dD_BSD, dbias_BSD, dinitial_BDN,
-        length, cut.tiles, cut.segments, num_channels, cut.kept,
+        length, cut.tiles, cut.segments, num_channels, cut.kept, 1,
         *_strides(dy_BLD, x_BLD, dt_BLD, B_BLGN, C_BLHN, z_BLD),
         N=num_states, PER_HEAD=per_head, HEADS_PER_GROUP=heads_per_group, SOFTPLUS=dt_softplus,
         HAS_D=D_D is not None, HAS_BIAS=has_bias, HAS_Z=has_z, HAS_STARTS=has_starts,
-        HAS_AFTER=after_BSDN is not None, CHUNK=cut.chunk, **shape.options(),
+        HAS_AFTER=after_BSDN is not None, CHUNK=cut.chunk, **shape.options(_BACKWARD),
     )  # fmt: skip
     dB_BLGN = dB.squeeze(3) if parts == 1 else dB.sum(dim=3).to(B_BLGN.dtype)
     dC_BLHN = dC.squeeze(3) if blocks == 1 else dC.sum(dim=3).to(C_BLHN.dtype)
@@ -290,7 +295,7 @@ def _(
     dt_bias_D: Tensor | None,
     z_BLD: Tensor | None,
     starts_BL: Tensor | None,
-    kept_BKDN: Tensor,
+    kept: Tensor,
     dt_softplus: bool,
 ) -> list[Tensor]:
     batch, num_channels = x_BLD.shape[0], x_BLD.shape[2]
@@ -315,13 +320,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, dy_BLD: Tensor | None, dfinal_BDN: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    x_BLD, dt_BLD, A_DN, B_BLGN, C_BLHN, D_D, dt_bias_D, z_BLD, starts_BL, kept_BKDN = ctx.saved_tensors
+    x_BLD, dt_BLD, A_DN, B_BLGN, C_BLHN, D_D, dt_bias_D, z_BLD, starts_BL, kept = ctx.saved_tensors
     if dy_BLD is None:
         if dfinal_BDN is None:
             return (None,) * 12
         dy_BLD = torch.zeros_like(x_BLD)
     dx, ddt, dA, dB, dC, dD, dbias, dz, dinitial = _scan_backward(
-        dy_BLD, dfinal_BDN, x_BLD, dt_BLD, A_DN, B_BLGN, C_BLHN, D_D, dt_bias_D, z_BLD, starts_BL, kept_BKDN,
+        dy_BLD, dfinal_BDN, x_BLD, dt_BLD, A_DN, B_BLGN, C_BLHN, D_D, dt_bias_D, z_BLD, starts_BL, kept,
         ctx.dt_softplus,
     )  # fmt: skip
     return (
@@ -356,8 +361,10 @@ def selective_scan_triton(
         y of shape [B, L, D] in x's dtype, and the state after the last token, [B, D, N], fp32.
 
     Raises:
-        ValueError: x is in fp64.
+        ValueError: x is in fp64, or not on a GPU (and Triton's interpreter is off).
     """
+    if not x_BLD.is_cuda and not triton.knobs.runtime.interpret:
+        raise ValueError(f"x_BLD: on {x_BLD.device}; the triton backend needs a GPU, use backend='chunked'")
     if x_BLD.dtype == torch.float64:
         raise ValueError("x_BLD: dtype torch.float64; the triton backend computes in fp32, use backend='chunked'")
 

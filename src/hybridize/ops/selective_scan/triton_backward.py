@@ -8,15 +8,19 @@ sum is made in a fixed order, so the result is the same from run to run.
 Legend: as in `triton_forward`; `parts` are the programs among which a head's or a group's channels are split.
 """
 
+# mypy: allow-untyped-defs
+
 import triton
 import triton.language as tl
 
 from hybridize.ops.selective_scan.triton_parts import (
     LN2,
+    block_offsets,
     channel_offsets,
+    decay_rates,
     first_token,
     last_token,
-    load_decay_rates,
+    load_matrix,
     load_rows,
     load_states,
     load_steps,
@@ -27,12 +31,13 @@ from hybridize.ops.selective_scan.triton_parts import (
     scan_states_kept,
     sigmoid,
     state_offsets,
+    store_matrix,
     store_rows,
     sum_states,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def segment_grads_kernel(
     dy_ptr,
     dt_ptr,
@@ -47,6 +52,7 @@ def segment_grads_kernel(
     tiles_per_segment,
     num_segments,
     num_channels,
+    one,
     dy_stride_b,
     dy_stride_t,
     dt_stride_b,
@@ -62,31 +68,31 @@ def segment_grads_kernel(
     HAS_Z: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     T: tl.constexpr,
-    HEADS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     W: tl.constexpr,
     R: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Run the adjoint recurrence over each segment but the first, from a gradient of zero."""
     blocks_per_head: tl.constexpr = (PER_HEAD + PER_BLOCK - 1) // PER_BLOCK
-    head_block = tl.program_id(0) // blocks_per_head
-    segment = tl.program_id(1)
+    head = tl.program_id(0) // blocks_per_head
+    segment = tl.program_id(1) + 1  # nobody asks the first one
     row = tl.program_id(2).to(tl.int64)
-    channel_C, valid_C = channel_offsets(head_block, tl.program_id(0) % blocks_per_head, PER_HEAD, HEADS, PER_BLOCK)
-    offset_RCW, valid_RCW = state_offsets(channel_C, valid_C, N, W, R)
-    A_RCW = load_decay_rates(A_ptr, offset_RCW, valid_RCW)
-    bias_C = tl.zeros([HEADS * PER_BLOCK], tl.float32)
+    channel_C, valid_C = channel_offsets(head, tl.program_id(0) % blocks_per_head, PER_HEAD, PER_BLOCK)
+    offset_WCR, valid_WCR = state_offsets(channel_C, valid_C, one, N, W, R)
+    A_RCW = decay_rates(load_matrix(A_ptr, offset_WCR, valid_WCR))
+    bias_C = tl.zeros([PER_BLOCK], tl.float32)
     if HAS_BIAS:
         bias_C = tl.load(bias_ptr + channel_C, mask=valid_C, other=0.0)
     first = segment.to(tl.int64) * tiles_per_segment * T
     dy_ptr += row * dy_stride_b + first * dy_stride_t
     dt_ptr += row * dt_stride_b + first * dt_stride_t
-    C_ptr += row * C_stride_b + first * C_stride_t + head_block * HEADS * N
+    C_ptr += row * C_stride_b + first * C_stride_t + head * N
     z_ptr += row * z_stride_b + first * z_stride_t
     starts_ptr += row * length + first
     left = length - first.to(tl.int32)
-    carry_RCW = tl.zeros([R, HEADS * PER_BLOCK, W], tl.float32)
-    total_C = tl.zeros([HEADS * PER_BLOCK], tl.float32)
+    carry_RCW = tl.zeros([R, PER_BLOCK, W], tl.float32)
+    total_C = tl.zeros([PER_BLOCK], tl.float32)
     for step in tl.range(0, tiles_per_segment, num_stages=STAGES):
         token_T = (tiles_per_segment - 1 - step) * T + tl.arange(0, T)
         dy_TC = load_rows(dy_ptr, token_T, left, dy_stride_t, channel_C, valid_C)
@@ -94,18 +100,18 @@ def segment_grads_kernel(
             z_TC = load_rows(z_ptr, token_T, left, z_stride_t, channel_C, valid_C)
             dy_TC *= z_TC * sigmoid(z_TC)
         dt_TC = load_rows(dt_ptr, token_T, left, dt_stride_t, channel_C, valid_C)
-        C_TRCW = load_states(C_ptr, token_T, left, C_stride_t, N, HEADS, PER_BLOCK, W, R)
+        C_TR1W = load_states(C_ptr, token_T, left, C_stride_t, N, W, R)
         _, gap_TC = load_steps(dt_TC, starts_ptr, token_T, left, bias_C, valid_C, SOFTPLUS, HAS_STARTS)
         decay_TRCW = tl.exp2(gap_TC[:, None, :, None] * A_RCW[None])
-        grad_TRCW = pinned(dy_TC)[:, None, :, None] * C_TRCW
+        grad_TRCW = pinned(dy_TC)[:, None, :, None] * C_TR1W
         carry_RCW = first_token(scan_carry(decay_TRCW, grad_TRCW, carry_RCW))
         total_C += tl.sum(gap_TC, axis=0)
     index = row * num_segments + segment
-    tl.store(grad_ptr + index * num_channels * N + offset_RCW, carry_RCW, mask=valid_RCW)
+    store_matrix(grad_ptr + index * num_channels * N, carry_RCW, offset_WCR, valid_WCR)
     tl.store(total_ptr + index * num_channels + channel_C, total_C, mask=valid_C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def scan_backward_kernel(
     dy_ptr,
     x_ptr,
@@ -117,9 +123,9 @@ def scan_backward_kernel(
     bias_ptr,
     z_ptr,
     starts_ptr,
-    kept_ptr,  # [B, chunks, D, N]: the state before each chunk of CHUNK tiles
+    kept_ptr,  # [B, K, programs, R x C x W]: the state before each chunk of CHUNK tiles
     after_ptr,  # [B, S, D, N]: the gradient of the state after each segment
-    scratch_ptr,  # [programs, CHUNK, R, C, W]: each program's own, for the states before the tiles of a chunk
+    scratch_ptr,  # [programs, CHUNK, R x C x W]: each program's own, for the states before the tiles of a chunk
     dx_ptr,  # [B, L, D], out, as are ddt and dz
     ddt_ptr,
     dB_ptr,  # [B, L, G, parts, N], out
@@ -134,6 +140,7 @@ def scan_backward_kernel(
     num_segments,
     num_channels,
     num_kept,
+    one,
     dy_stride_b,
     dy_stride_t,
     x_stride_b,
@@ -157,39 +164,37 @@ def scan_backward_kernel(
     HAS_AFTER: tl.constexpr,
     CHUNK: tl.constexpr,
     T: tl.constexpr,
-    HEADS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     W: tl.constexpr,
     R: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Compute every gradient, segment by segment, from the states before and the gradients after."""
     blocks_per_head: tl.constexpr = (PER_HEAD + PER_BLOCK - 1) // PER_BLOCK
-    channels: tl.constexpr = HEADS * PER_BLOCK
-    head_block = tl.program_id(0) // blocks_per_head
+    head = tl.program_id(0) // blocks_per_head
     channel_block = tl.program_id(0) % blocks_per_head
     segment = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
-    channel_C, valid_C = channel_offsets(head_block, channel_block, PER_HEAD, HEADS, PER_BLOCK)
-    offset_RCW, valid_RCW = state_offsets(channel_C, valid_C, N, W, R)
-    A_RCW = load_decay_rates(A_ptr, offset_RCW, valid_RCW)
-    bias_C = tl.zeros([channels], tl.float32)
+    channel_C, valid_C = channel_offsets(head, channel_block, PER_HEAD, PER_BLOCK)
+    offset_WCR, valid_WCR = state_offsets(channel_C, valid_C, one, N, W, R)
+    A_RCW = decay_rates(load_matrix(A_ptr, offset_WCR, valid_WCR))
+    bias_C = tl.zeros([PER_BLOCK], tl.float32)
     if HAS_BIAS:
         bias_C = tl.load(bias_ptr + channel_C, mask=valid_C, other=0.0)
-    D_C = tl.zeros([channels], tl.float32)
+    D_C = tl.zeros([PER_BLOCK], tl.float32)
     if HAS_D:
         D_C = tl.load(D_ptr + channel_C, mask=valid_C, other=0.0)
     index = row * num_segments + segment
-    carry_RCW = tl.zeros([R, channels, W], tl.float32)
+    carry_RCW = tl.zeros([R, PER_BLOCK, W], tl.float32)
     if HAS_AFTER:
         after_ptr += index * num_channels * N
-        carry_RCW = tl.load(after_ptr + offset_RCW, mask=valid_RCW, other=0.0).to(tl.float32)
+        carry_RCW = load_matrix(after_ptr, offset_WCR, valid_WCR)
 
-    head = head_block * HEADS
     group = head // HEADS_PER_GROUP
     num_heads = num_channels // PER_HEAD
     # Where a program's share of dB and dC goes: its group's and heads' slot, or one part of it.
-    parts_B: tl.constexpr = HEADS_PER_GROUP // HEADS * blocks_per_head
-    part_B = (head_block % (HEADS_PER_GROUP // HEADS)) * blocks_per_head + channel_block
+    parts_B: tl.constexpr = HEADS_PER_GROUP * blocks_per_head
+    part_B = (head % HEADS_PER_GROUP) * blocks_per_head + channel_block
     dB_stride_t = num_heads // HEADS_PER_GROUP * parts_B * N
     dC_stride_t = num_heads * blocks_per_head * N
     first = segment.to(tl.int64) * tiles_per_segment * T
@@ -205,22 +210,17 @@ def scan_backward_kernel(
     dB_ptr += (row * length + first) * dB_stride_t + (group * parts_B + part_B) * N
     dC_ptr += (row * length + first) * dC_stride_t + (head * blocks_per_head + channel_block) * N
     starts_ptr += row * length + first
-    scratch_RCW = (
-        tl.arange(0, W)[None, None, :] * R
-        + tl.arange(0, R)[:, None, None]
-        + tl.arange(0, channels)[None, :, None] * (W * R)
-    )
-    program = (row * num_segments + segment) * tl.num_programs(0) + tl.program_id(0)
-    scratch_ptr += program * (CHUNK * R * channels * W)
-    kept_stride = num_channels.to(tl.int64) * N
-    kept_ptr += (row * num_kept + segment * tiles_per_segment // CHUNK) * kept_stride
+    block: tl.constexpr = R * PER_BLOCK * W
+    block_WCR = block_offsets(one, PER_BLOCK, W, R)
+    scratch_ptr += ((row * num_segments + segment) * tl.num_programs(0) + tl.program_id(0)) * (CHUNK * block)
+    kept_stride = (tl.num_programs(0) * block).to(tl.int64)
+    kept_ptr += (row * num_kept + segment * tiles_per_segment // CHUNK) * kept_stride + tl.program_id(0) * block
     left = length - first.to(tl.int32)
-    index_K = tl.arange(0, HEADS * W * R)
-    head_K, state_K = index_K // (W * R), index_K % (W * R)
+    state_N = tl.arange(0, W * R)
 
-    dA_RCW = tl.zeros([R, channels, W], tl.float32)
-    dD_C = tl.zeros([channels], tl.float32)
-    dbias_C = tl.zeros([channels], tl.float32)
+    dA_RCW = tl.zeros([R, PER_BLOCK, W], tl.float32)
+    dD_C = tl.zeros([PER_BLOCK], tl.float32)
+    dbias_C = tl.zeros([PER_BLOCK], tl.float32)
     num_tiles = tl.minimum(tiles_per_segment, (left + T - 1) // T)
     num_chunks = (num_tiles + CHUNK - 1) // CHUNK
     for chunk_step in range(0, num_chunks):
@@ -228,47 +228,47 @@ def scan_backward_kernel(
         first_tile = chunk * CHUNK
         chunk_tiles = tl.minimum(CHUNK, num_tiles - first_tile)
         # Through the chunk once, to write down the state before each tile; then back.
-        state_RCW = tl.load(kept_ptr + chunk * kept_stride + offset_RCW, mask=valid_RCW, other=0.0)
+        state_RCW = tl.permute(tl.load(kept_ptr + chunk * kept_stride + block_WCR), [2, 1, 0])
         for tile in tl.range(0, chunk_tiles - 1, num_stages=STAGES):
             token_T = (first_tile + tile) * T + tl.arange(0, T)
             x_TC = load_rows(x_ptr, token_T, left, x_stride_t, channel_C, valid_C)
             dt_TC = load_rows(dt_ptr, token_T, left, dt_stride_t, channel_C, valid_C)
-            B_TRGW = load_states(B_ptr, token_T, left, B_stride_t, N, 1, 1, W, R)
+            B_TR1W = load_states(B_ptr, token_T, left, B_stride_t, N, W, R)
             delta_TC, gap_TC = load_steps(dt_TC, starts_ptr, token_T, left, bias_C, valid_C, SOFTPLUS, HAS_STARTS)
             decay_TRCW = tl.exp2(gap_TC[:, None, :, None] * A_RCW[None])
-            drive_TRCW = pinned(delta_TC * x_TC)[:, None, :, None] * B_TRGW
+            drive_TRCW = pinned(delta_TC * x_TC)[:, None, :, None] * B_TR1W
             state_RCW = last_token(scan_states(decay_TRCW, drive_TRCW, state_RCW))
-            tl.store(scratch_ptr + (tile + 1) * (R * channels * W) + scratch_RCW, state_RCW)
+            tl.store(scratch_ptr + (tile + 1) * block + block_WCR, tl.permute(state_RCW, [2, 1, 0]))
         tl.debug_barrier()
         for step in tl.range(0, chunk_tiles, num_stages=STAGES):
             tile = chunk_tiles - 1 - step
             token_T = (first_tile + tile) * T + tl.arange(0, T)
             if tile == 0:
-                state_RCW = tl.load(kept_ptr + chunk * kept_stride + offset_RCW, mask=valid_RCW, other=0.0)
+                state_RCW = tl.permute(tl.load(kept_ptr + chunk * kept_stride + block_WCR), [2, 1, 0])
             else:
-                state_RCW = tl.load(scratch_ptr + tile * (R * channels * W) + scratch_RCW)
+                state_RCW = tl.permute(tl.load(scratch_ptr + tile * block + block_WCR), [2, 1, 0])
             x_TC = load_rows(x_ptr, token_T, left, x_stride_t, channel_C, valid_C)
             dt_TC = load_rows(dt_ptr, token_T, left, dt_stride_t, channel_C, valid_C)
             dy_TC = load_rows(dy_ptr, token_T, left, dy_stride_t, channel_C, valid_C)
-            B_TRGW = load_states(B_ptr, token_T, left, B_stride_t, N, 1, 1, W, R)
-            C_TRCW = load_states(C_ptr, token_T, left, C_stride_t, N, HEADS, PER_BLOCK, W, R)
+            B_TR1W = load_states(B_ptr, token_T, left, B_stride_t, N, W, R)
+            C_TR1W = load_states(C_ptr, token_T, left, C_stride_t, N, W, R)
             delta_TC, gap_TC = load_steps(dt_TC, starts_ptr, token_T, left, bias_C, valid_C, SOFTPLUS, HAS_STARTS)
             drive_TC = pinned(delta_TC * x_TC)
             decay_TRCW = tl.exp2(gap_TC[:, None, :, None] * A_RCW[None])
-            state_TRCW, kept_TRCW = scan_states_kept(decay_TRCW, drive_TC[:, None, :, None] * B_TRGW, state_RCW)
+            state_TRCW, kept_TRCW = scan_states_kept(decay_TRCW, drive_TC[:, None, :, None] * B_TR1W, state_RCW)
             if HAS_Z:
                 z_TC = load_rows(z_ptr, token_T, left, z_stride_t, channel_C, valid_C)
                 gate_TC = pinned(sigmoid(z_TC))
-                ungated_TC = sum_states(state_TRCW * C_TRCW) + D_C[None, :] * x_TC
+                ungated_TC = sum_states(state_TRCW * C_TR1W) + D_C[None, :] * x_TC
                 dz_TC = dy_TC * ungated_TC * gate_TC * (1.0 + z_TC * (1.0 - gate_TC))
                 store_rows(dz_ptr, dz_TC, token_T, left, num_channels, channel_C, valid_C)
                 dy_TC *= z_TC * gate_TC
             dy_TRCW = tl.broadcast_to(pinned(dy_TC)[:, None, :, None], state_TRCW.shape)
-            dC_TRHW = tl.sum(tl.reshape(dy_TRCW * state_TRCW, [T, R, HEADS, PER_BLOCK, W]), axis=3)
-            grad_TRCW, carry_TRCW = scan_grads(decay_TRCW, dy_TRCW * C_TRCW, carry_RCW)
+            dC_TRW = tl.sum(dy_TRCW * state_TRCW, axis=2)
+            grad_TRCW, carry_TRCW = scan_grads(decay_TRCW, dy_TRCW * C_TR1W, carry_RCW)
             carry_RCW = first_token(carry_TRCW)
             dB_TRW = tl.sum(grad_TRCW * drive_TC[:, None, :, None], axis=2)
-            ddrive_TC = sum_states(grad_TRCW * B_TRGW)
+            ddrive_TC = sum_states(grad_TRCW * B_TR1W)
             # The exponent delta A: its gradient is g_t decay_t s_{t-1}, exactly 0 where a document starts.
             dexponent_TRCW = grad_TRCW * kept_TRCW
             dA_RCW += tl.sum(dexponent_TRCW * delta_TC[:, None, :, None], axis=0)
@@ -282,15 +282,14 @@ def scan_backward_kernel(
             dx_TC = ddrive_TC * delta_TC + D_C[None, :] * dy_TC
             store_rows(dx_ptr, dx_TC, token_T, left, num_channels, channel_C, valid_C)
             dD_C += tl.sum(dy_TC * x_TC, axis=0)
-            dB_TK = tl.reshape(tl.permute(dB_TRW, [0, 2, 1]), [T, W * R])
-            state_N = tl.arange(0, W * R)
-            store_rows(dB_ptr, dB_TK, token_T, left, dB_stride_t, state_N, state_N < N)
-            dC_TK = tl.reshape(tl.permute(dC_TRHW, [0, 2, 3, 1]), [T, HEADS * W * R])
-            store_rows(dC_ptr, dC_TK, token_T, left, dC_stride_t, head_K * blocks_per_head * N + state_K, state_K < N)
+            dB_TN = tl.reshape(tl.permute(dB_TRW, [0, 2, 1]), [T, W * R])
+            store_rows(dB_ptr, dB_TN, token_T, left, dB_stride_t, state_N, state_N < N)
+            dC_TN = tl.reshape(tl.permute(dC_TRW, [0, 2, 1]), [T, W * R])
+            store_rows(dC_ptr, dC_TN, token_T, left, dC_stride_t, state_N, state_N < N)
         tl.debug_barrier()
 
-    tl.store(dA_ptr + index * num_channels * N + offset_RCW, dA_RCW, mask=valid_RCW)
+    store_matrix(dA_ptr + index * num_channels * N, dA_RCW, offset_WCR, valid_WCR)
     tl.store(dD_ptr + index * num_channels + channel_C, dD_C, mask=valid_C)
     tl.store(dbias_ptr + index * num_channels + channel_C, dbias_C, mask=valid_C)
     if segment == 0:
-        tl.store(dinitial_ptr + row * num_channels * N + offset_RCW, carry_RCW, mask=valid_RCW)
+        store_matrix(dinitial_ptr + row * num_channels * N, carry_RCW, offset_WCR, valid_WCR)

@@ -8,13 +8,17 @@ Legend: B batch, L length, D channels, N states per channel; S segments; inside 
 of a program, R x W states (see `triton_parts`).
 """
 
+# mypy: allow-untyped-defs
+
 import triton
 import triton.language as tl
 
 from hybridize.ops.selective_scan.triton_parts import (
+    block_offsets,
     channel_offsets,
+    decay_rates,
     last_token,
-    load_decay_rates,
+    load_matrix,
     load_rows,
     load_states,
     load_steps,
@@ -22,12 +26,13 @@ from hybridize.ops.selective_scan.triton_parts import (
     scan_states,
     sigmoid,
     state_offsets,
+    store_matrix,
     store_rows,
     sum_states,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def segment_states_kernel(
     x_ptr,
     dt_ptr,
@@ -41,6 +46,7 @@ def segment_states_kernel(
     tiles_per_segment,
     num_segments,
     num_channels,
+    one,
     x_stride_b,
     x_stride_t,
     dt_stride_b,
@@ -54,23 +60,23 @@ def segment_states_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     T: tl.constexpr,
-    HEADS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     W: tl.constexpr,
     R: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Scan each segment but the last from a state of zero."""
     blocks_per_head: tl.constexpr = (PER_HEAD + PER_BLOCK - 1) // PER_BLOCK
-    head_block = tl.program_id(0) // blocks_per_head
-    segment = tl.program_id(1)
+    head = tl.program_id(0) // blocks_per_head
+    segment = tl.program_id(1)  # nobody asks the last one
     row = tl.program_id(2).to(tl.int64)
-    channel_C, valid_C = channel_offsets(head_block, tl.program_id(0) % blocks_per_head, PER_HEAD, HEADS, PER_BLOCK)
-    offset_RCW, valid_RCW = state_offsets(channel_C, valid_C, N, W, R)
-    A_RCW = load_decay_rates(A_ptr, offset_RCW, valid_RCW)
-    bias_C = tl.zeros([HEADS * PER_BLOCK], tl.float32)
+    channel_C, valid_C = channel_offsets(head, tl.program_id(0) % blocks_per_head, PER_HEAD, PER_BLOCK)
+    offset_WCR, valid_WCR = state_offsets(channel_C, valid_C, one, N, W, R)
+    A_RCW = decay_rates(load_matrix(A_ptr, offset_WCR, valid_WCR))
+    bias_C = tl.zeros([PER_BLOCK], tl.float32)
     if HAS_BIAS:
         bias_C = tl.load(bias_ptr + channel_C, mask=valid_C, other=0.0)
-    group = head_block * HEADS // HEADS_PER_GROUP
+    group = head // HEADS_PER_GROUP
     x_ptr += row * x_stride_b
     dt_ptr += row * dt_stride_b
     B_ptr += row * B_stride_b + group * N
@@ -81,20 +87,20 @@ def segment_states_kernel(
     B_ptr += first * B_stride_t
     starts_ptr += first
     left = length - first.to(tl.int32)
-    state_RCW = tl.zeros([R, HEADS * PER_BLOCK, W], tl.float32)
-    total_C = tl.zeros([HEADS * PER_BLOCK], tl.float32)
+    state_RCW = tl.zeros([R, PER_BLOCK, W], tl.float32)
+    total_C = tl.zeros([PER_BLOCK], tl.float32)
     for tile in tl.range(0, tiles_per_segment, num_stages=STAGES):
         token_T = tile * T + tl.arange(0, T)
         x_TC = load_rows(x_ptr, token_T, left, x_stride_t, channel_C, valid_C)
         dt_TC = load_rows(dt_ptr, token_T, left, dt_stride_t, channel_C, valid_C)
-        B_TRGW = load_states(B_ptr, token_T, left, B_stride_t, N, 1, 1, W, R)
+        B_TR1W = load_states(B_ptr, token_T, left, B_stride_t, N, W, R)
         delta_TC, gap_TC = load_steps(dt_TC, starts_ptr, token_T, left, bias_C, valid_C, SOFTPLUS, HAS_STARTS)
         decay_TRCW = tl.exp2(gap_TC[:, None, :, None] * A_RCW[None])
-        drive_TRCW = pinned(delta_TC * x_TC)[:, None, :, None] * B_TRGW
+        drive_TRCW = pinned(delta_TC * x_TC)[:, None, :, None] * B_TR1W
         state_RCW = last_token(scan_states(decay_TRCW, drive_TRCW, state_RCW))
         total_C += tl.sum(gap_TC, axis=0)
     index = row * num_segments + segment
-    tl.store(state_ptr + index * num_channels * N + offset_RCW, state_RCW, mask=valid_RCW)
+    store_matrix(state_ptr + index * num_channels * N, state_RCW, offset_WCR, valid_WCR)
     tl.store(total_ptr + index * num_channels + channel_C, total_C, mask=valid_C)
 
 
@@ -116,7 +122,7 @@ def carry_kernel(
     numel = num_channels * N
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = index < numel
-    A = load_decay_rates(A_ptr, index, valid)
+    A = decay_rates(tl.load(A_ptr + index, mask=valid, other=0.0))
     state = tl.zeros([BLOCK], tl.float32)
     if HAS_INITIAL:
         state = tl.load(initial_ptr + row * numel + index, mask=valid, other=0.0).to(tl.float32)
@@ -129,7 +135,7 @@ def carry_kernel(
         state = tl.exp2(total * A) * state + added
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["one"])
 def scan_kernel(
     x_ptr,
     dt_ptr,
@@ -143,12 +149,13 @@ def scan_kernel(
     initial_ptr,  # [B, S, D, N]: the state before each segment
     y_ptr,  # [B, L, D], out
     final_ptr,  # [B, D, N], out
-    kept_ptr,  # [B, tiles, D, N], out: the state before each chunk of CHUNK tiles
+    kept_ptr,  # [B, K, programs, R x C x W], out: the state before each chunk of CHUNK tiles
     length,
     tiles_per_segment,
     num_segments,
     num_channels,
     num_kept,
+    one,
     x_stride_b,
     x_stride_t,
     dt_stride_b,
@@ -171,29 +178,28 @@ def scan_kernel(
     KEEP: tl.constexpr,
     CHUNK: tl.constexpr,
     T: tl.constexpr,
-    HEADS: tl.constexpr,
     PER_BLOCK: tl.constexpr,
     W: tl.constexpr,
     R: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Scan each segment from the state before it."""
     blocks_per_head: tl.constexpr = (PER_HEAD + PER_BLOCK - 1) // PER_BLOCK
-    head_block = tl.program_id(0) // blocks_per_head
+    head = tl.program_id(0) // blocks_per_head
     segment = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
-    channel_C, valid_C = channel_offsets(head_block, tl.program_id(0) % blocks_per_head, PER_HEAD, HEADS, PER_BLOCK)
-    offset_RCW, valid_RCW = state_offsets(channel_C, valid_C, N, W, R)
-    A_RCW = load_decay_rates(A_ptr, offset_RCW, valid_RCW)
-    bias_C = tl.zeros([HEADS * PER_BLOCK], tl.float32)
+    channel_C, valid_C = channel_offsets(head, tl.program_id(0) % blocks_per_head, PER_HEAD, PER_BLOCK)
+    offset_WCR, valid_WCR = state_offsets(channel_C, valid_C, one, N, W, R)
+    A_RCW = decay_rates(load_matrix(A_ptr, offset_WCR, valid_WCR))
+    bias_C = tl.zeros([PER_BLOCK], tl.float32)
     if HAS_BIAS:
         bias_C = tl.load(bias_ptr + channel_C, mask=valid_C, other=0.0)
     if HAS_D:
         D_C = tl.load(D_ptr + channel_C, mask=valid_C, other=0.0)
-    state_RCW = tl.zeros([R, HEADS * PER_BLOCK, W], tl.float32)
+    state_RCW = tl.zeros([R, PER_BLOCK, W], tl.float32)
     if HAS_INITIAL:
         initial_ptr += (row * num_segments + segment) * num_channels * N
-        state_RCW = tl.load(initial_ptr + offset_RCW, mask=valid_RCW, other=0.0).to(tl.float32)
-    head = head_block * HEADS
+        state_RCW = load_matrix(initial_ptr, offset_WCR, valid_WCR)
     first = segment.to(tl.int64) * tiles_per_segment * T
     x_ptr += row * x_stride_b + first * x_stride_t
     dt_ptr += row * dt_stride_b + first * dt_stride_t
@@ -202,32 +208,32 @@ def scan_kernel(
     z_ptr += row * z_stride_b + first * z_stride_t
     y_ptr += (row * length + first) * num_channels
     starts_ptr += row * length + first
-    kept_stride = num_channels.to(tl.int64) * N
-    kept_ptr += (row * num_kept + segment * tiles_per_segment // CHUNK) * kept_stride
+    block: tl.constexpr = R * PER_BLOCK * W
+    kept_stride = tl.num_programs(0) * block
+    kept_ptr += (row * num_kept + segment * tiles_per_segment // CHUNK) * kept_stride + tl.program_id(0) * block
+    block_WCR = block_offsets(one, PER_BLOCK, W, R)
     left = length - first.to(tl.int32)
     for tile in tl.range(0, tiles_per_segment, num_stages=STAGES):
-        if KEEP:
-            if tile % CHUNK == 0:
-                if tile * T < left:
-                    kept = kept_ptr + tile // CHUNK * kept_stride
-                    tl.store(kept + offset_RCW, state_RCW, mask=valid_RCW)
+        if KEEP and tile % CHUNK == 0 and tile * T < left:
+            tl.store(kept_ptr + block_WCR, tl.permute(state_RCW, [2, 1, 0]))
+            kept_ptr += kept_stride
         token_T = tile * T + tl.arange(0, T)
         x_TC = load_rows(x_ptr, token_T, left, x_stride_t, channel_C, valid_C)
         dt_TC = load_rows(dt_ptr, token_T, left, dt_stride_t, channel_C, valid_C)
         if HAS_Z:
             z_TC = load_rows(z_ptr, token_T, left, z_stride_t, channel_C, valid_C)
-        B_TRGW = load_states(B_ptr, token_T, left, B_stride_t, N, 1, 1, W, R)
-        C_TRCW = load_states(C_ptr, token_T, left, C_stride_t, N, HEADS, PER_BLOCK, W, R)
+        B_TR1W = load_states(B_ptr, token_T, left, B_stride_t, N, W, R)
+        C_TR1W = load_states(C_ptr, token_T, left, C_stride_t, N, W, R)
         delta_TC, gap_TC = load_steps(dt_TC, starts_ptr, token_T, left, bias_C, valid_C, SOFTPLUS, HAS_STARTS)
         decay_TRCW = tl.exp2(gap_TC[:, None, :, None] * A_RCW[None])
-        drive_TRCW = pinned(delta_TC * x_TC)[:, None, :, None] * B_TRGW
+        drive_TRCW = pinned(delta_TC * x_TC)[:, None, :, None] * B_TR1W
         state_TRCW = scan_states(decay_TRCW, drive_TRCW, state_RCW)
         state_RCW = last_token(state_TRCW)
-        y_TC = sum_states(state_TRCW * C_TRCW)
+        y_TC = sum_states(state_TRCW * C_TR1W)
         if HAS_D:
             y_TC += D_C[None, :] * x_TC
         if HAS_Z:
             y_TC *= z_TC * sigmoid(z_TC)
         store_rows(y_ptr, y_TC, token_T, left, num_channels, channel_C, valid_C)
     if segment == num_segments - 1:
-        tl.store(final_ptr + row * num_channels * N + offset_RCW, state_RCW, mask=valid_RCW)
+        store_matrix(final_ptr + row * num_channels * N, state_RCW, offset_WCR, valid_WCR)

@@ -1,10 +1,12 @@
 """Pieces that the scan's kernels share: tiles, step sizes, the two recurrences inside a tile.
 
-A tile is [T, R, C, W]: T tokens, C channels (of Q heads, P channels each) and N = W x R states, state n at
+A tile is [T, R, C, W]: T tokens, C channels of one head and N = W x R states, state n at
 (n % R, n // R). The axes are in this order because of how a tile is spread over a GPU program: the last axes go to the
 lanes of a warp, the next to its warps, and what is left, T and R, to a thread's own registers. So the recurrence runs
 inside a thread, and a sum over states is a sum over registers and then over a few lanes.
 """
+
+# mypy: allow-untyped-defs
 
 import triton
 import triton.language as tl
@@ -29,6 +31,7 @@ def pinned(value_TC):
 
 @triton.jit
 def log2(value):
+    """The GPU's own instruction: its error is 2^-22, absolute."""
     if target_info.is_cuda():
         value = tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
@@ -48,36 +51,54 @@ def softplus(value):
 
 @triton.jit
 def sigmoid(value):
+    """1 / (1 + exp(-value))."""
     return 1.0 / (1.0 + tl.exp2(-value * LOG2E))
 
 
 @triton.jit
-def channel_offsets(head_block, channel_block, PER_HEAD: tl.constexpr, HEADS: tl.constexpr, PER_BLOCK: tl.constexpr):
+def channel_offsets(head, channel_block, PER_HEAD: tl.constexpr, PER_BLOCK: tl.constexpr):
     """Channel numbers [C] of a program, and which of them exist."""
-    index_C = tl.arange(0, HEADS * PER_BLOCK)
-    if PER_BLOCK == PER_HEAD:
-        channel_C = head_block * (HEADS * PER_HEAD) + index_C
-        valid_C = index_C >= 0
-    else:
-        in_head_C = channel_block * PER_BLOCK + index_C % PER_BLOCK
-        channel_C = (head_block * HEADS + index_C // PER_BLOCK) * PER_HEAD + in_head_C
-        valid_C = in_head_C < PER_HEAD
-    return channel_C, valid_C
+    in_head_C = channel_block * PER_BLOCK + tl.arange(0, PER_BLOCK)
+    return head * PER_HEAD + in_head_C, in_head_C < PER_HEAD
 
 
 @triton.jit
-def state_offsets(channel_C, valid_C, N: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
-    """Offsets into a contiguous [D, N] matrix, as a tile [R, C, W], and which of them exist."""
-    state_RW = tl.arange(0, W)[None, :] * R + tl.arange(0, R)[:, None]
-    offset_RCW = channel_C[None, :, None] * N + state_RW[:, None, :]
-    valid_RCW = valid_C[None, :, None] & (state_RW[:, None, :] < N)
-    return offset_RCW, valid_RCW
+def state_offsets(channel_C, valid_C, one, N: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
+    """Offsets into a contiguous [D, N] matrix, as a tile [W, C, R], and which of them exist.
+
+    `one` is 1, which the compiler does not know. It would else read neighbouring states in one lane, for speed, and
+    then move all of them to where the recurrence needs them, for every tile. With the axes the other way round, and
+    no two numbers known to be neighbours, each lane reads its own.
+    """
+    state_WR = tl.arange(0, W)[:, None] * R + tl.arange(0, R)[None, :]
+    offset_WCR = channel_C[None, :, None] * N + state_WR[:, None, :] * one
+    valid_WCR = valid_C[None, :, None] & (state_WR[:, None, :] < N)
+    return offset_WCR, valid_WCR
 
 
 @triton.jit
-def load_decay_rates(A_ptr, offset_RCW, valid_RCW):
+def block_offsets(one, C: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
+    """Offsets [W, C, R] into a program's own block of states, in the order of its lanes."""
+    offset_WR = (tl.arange(0, W) * one)[:, None] + (tl.arange(0, R) * (C * W))[None, :]
+    return offset_WR[:, None, :] + (tl.arange(0, C) * W)[None, :, None]
+
+
+@triton.jit
+def load_matrix(pointer, offset_WCR, valid_WCR):
+    """A [D, N] matrix's share as fp32 [R, C, W]."""
+    return tl.permute(tl.load(pointer + offset_WCR, mask=valid_WCR, other=0.0).to(tl.float32), [2, 1, 0])
+
+
+@triton.jit
+def store_matrix(pointer, value_RCW, offset_WCR, valid_WCR):
+    """The opposite of `load_matrix`."""
+    tl.store(pointer + offset_WCR, tl.permute(value_RCW, [2, 1, 0]), mask=valid_WCR)
+
+
+@triton.jit
+def decay_rates(A):
     """A times log2(e), negative, so that decays are powers of two."""
-    return tl.minimum(tl.load(A_ptr + offset_RCW, mask=valid_RCW, other=0.0), SLOWEST_DECAY) * LOG2E
+    return tl.minimum(A, SLOWEST_DECAY) * LOG2E
 
 
 @triton.jit
@@ -89,6 +110,7 @@ def load_rows(pointer, token_T, length, stride_t, channel_C, valid_C):
 
 @triton.jit
 def store_rows(pointer, value_TC, token_T, length, stride_t, channel_C, valid_C):
+    """The opposite of `load_rows`, in the matrix's dtype."""
     mask_TC = (token_T < length)[:, None] & valid_C[None, :]
     offset_TC = token_T[:, None] * stride_t + channel_C[None, :]
     tl.store(pointer + offset_TC, value_TC.to(pointer.dtype.element_ty), mask=mask_TC)
@@ -110,35 +132,12 @@ def load_steps(dt_TC, starts_ptr, token_T, length, bias_C, valid_C, SOFTPLUS: tl
 
 
 @triton.jit
-def load_states(
-    pointer,
-    token_T,
-    length,
-    stride_t,
-    N: tl.constexpr,
-    HEADS: tl.constexpr,
-    PER_BLOCK: tl.constexpr,
-    W: tl.constexpr,
-    R: tl.constexpr,
-):
-    """Rows of [L, heads, N] as fp32, one head for PER_BLOCK channels: [T, R, C, W], 0 past the end.
-
-    One head alone is not repeated: [T, R, 1, W].
-    """
+def load_states(pointer, token_T, length, stride_t, N: tl.constexpr, W: tl.constexpr, R: tl.constexpr):
+    """One head's or group's rows of [L, N] as fp32 [T, R, 1, W], 0 past the end."""
     state_RW = tl.arange(0, W)[None, :] * R + tl.arange(0, R)[:, None]
     mask_TRW = (token_T < length)[:, None, None] & (state_RW < N)[None, :, :]
     offset_TRW = token_T[:, None, None] * stride_t + state_RW[None, :, :]
-    if HEADS == 1:
-        value_TRCW = tl.load(pointer + offset_TRW, mask=mask_TRW, other=0.0).to(tl.float32)[:, :, None, :]
-    else:
-        shape: tl.constexpr = [token_T.shape[0], R, HEADS, W]
-        head_H = tl.arange(0, HEADS) * N
-        offset_TRHW = offset_TRW[:, :, None, :] + head_H[None, None, :, None]
-        mask_TRHW = tl.broadcast_to(mask_TRW[:, :, None, :], shape)
-        value_TRHW = tl.load(pointer + offset_TRHW, mask=mask_TRHW, other=0.0).to(tl.float32)
-        wide = tl.broadcast_to(value_TRHW[:, :, :, None, :], [token_T.shape[0], R, HEADS, PER_BLOCK, W])
-        value_TRCW = tl.reshape(wide, [token_T.shape[0], R, HEADS * PER_BLOCK, W])
-    return value_TRCW
+    return tl.load(pointer + offset_TRW, mask=mask_TRW, other=0.0).to(tl.float32)[:, :, None, :]
 
 
 @triton.jit
@@ -173,6 +172,7 @@ def last_token(value_TRCW):
 
 @triton.jit
 def first_token(value_TRCW):
+    """As `last_token`, the first one."""
     return tl.reduce((value_TRCW, _token_index(value_TRCW)), 0, _earlier)[0]
 
 

@@ -61,8 +61,8 @@ def ssd(
             zero before that token. None: one document, going on from the initial state.
         initial_state_BHPN: state before the first token, [B, H, P, N]; zero by default.
         return_final_state: whether to return the state after the last token.
-        backend: `reference`, `chunked`, `fla` (kernels of flash-linear-attention), or None: `fla` for what lies on a
-            GPU where that can serve, else `chunked`.
+        backend: `reference`, `chunked`, `fla` (kernels of flash-linear-attention), or None: `fla` for bf16 and fp16 on
+            a GPU where that can serve, else `chunked`.
 
     Returns:
         y [B, L, H, P] in x's dtype, and the final state [B, H, P, N] in fp32 (fp64) or None.

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hybridize.ops.ssd.chunks import Block, Inputs, Plan, cut_block, cut_heads, join_heads_, plan_scan, product
+from hybridize.ops.ssd.chunks import (
+    Block,
+    Inputs,
+    Plan,
+    cut_block,
+    cut_heads,
+    join_heads_,
+    plan_scan,
+    product,
+    rounded_product,
+)
 from hybridize.ops.ssd.step_sizes import step_sizes
 
 
@@ -42,25 +52,20 @@ def _pass_on_(
 def _added(block: Block, plan: Plan) -> tuple[Tensor, Tensor]:
     """What each chunk adds to the state, [M, R, P, N], and the weighted inputs it is made of, [M, R·P, Q]."""
     weight_MR1Q = (block.decays.after * block.delta).unsqueeze(-2)
-    drive_MRPQ = _weighted(block.x.unsqueeze(1), weight_MR1Q, plan)
+    drive_MRPQ = rounded_product(block.x.unsqueeze(1), weight_MR1Q, plan)
     added_MSN = product(drive_MRPQ.flatten(1, 2), block.B, plan.dtype)
     return added_MSN.unflatten(1, drive_MRPQ.shape[1:3]), drive_MRPQ.flatten(1, 2)
-
-
-def _weighted(tensor: Tensor, weight: Tensor, plan: Plan) -> Tensor:
-    """A product in fp32, rounded once, to the dtype of the matrix products."""
-    return (tensor * weight).to(plan.low)
 
 
 def _scores(block: Block, D_H: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
     """What a token reads of each one's x, [M, R, Q, J], with D; and the same without step sizes and D."""
     decayed_MRQJ = product(block.C.flatten(1, 2), block.B.transpose(1, 2), plan.dtype)
     decayed_MRQJ = decayed_MRQJ.view_as(block.decays.between).mul_(block.decays.between)
-    scores_MRQJ = decayed_MRQJ * block.delta.unsqueeze(-2)
+    scores_MRQJ = rounded_product(decayed_MRQJ, block.delta.unsqueeze(-2), plan)
     if D_H is not None:
         D_GR = D_H.unflatten(0, (plan.num_groups, -1))
         plan.grouped(scores_MRQJ.diagonal(dim1=-2, dim2=-1)).add_(D_GR[:, None, :, None])
-    return scores_MRQJ.to(plan.low), decayed_MRQJ
+    return scores_MRQJ, decayed_MRQJ
 
 
 def _forward(
@@ -121,7 +126,7 @@ def _backward_block(
     added_MRPN, drive_MSQ = _added(block, plan)
     before_MRPN, _ = _pass_on_(added_MRPN, over_MR, state_BGRPN, plan)
     del added_MRPN
-    faded_dy_MRQP = _weighted(dy_MRQP, until_MRQ.unsqueeze(-1), plan)
+    faded_dy_MRQP = rounded_product(dy_MRQP, until_MRQ.unsqueeze(-1), plan)
     read_ZPN = product(faded_dy_MRQP.flatten(0, 1).transpose(1, 2), C_MRQN.flatten(0, 1), dtype)
     dafter_MRPN, dstate_BGRPN = _pass_on_(read_ZPN.view_as(before_MRPN), over_MR, dstate_BGRPN, plan, reverse=True)
     del read_ZPN
@@ -151,8 +156,8 @@ def _backward_block(
     ddelta_MRQ.add_(pairs_MRQJ.sum(dim=-2))
     dlog_MRQ.add_(_sum_around(pairs_MRQJ.mul_(delta_MRQ.unsqueeze(-2))))
     del pairs_MRQJ, decayed_MRQJ
-    dscores_MRQJ.mul_(between_MRQJ).mul_(delta_MRQ.unsqueeze(-2))
-    dscores_MSJ = dscores_MRQJ.to(plan.low).flatten(1, 2)
+    dscores_MRQJ = rounded_product(dscores_MRQJ.mul_(between_MRQJ), delta_MRQ.unsqueeze(-2), plan)
+    dscores_MSJ = dscores_MRQJ.flatten(1, 2)
     dC_MRQN.add_(product(dscores_MSJ, B_MQN, dtype).view_as(dC_MRQN))
     dB_MQN.add_(product(dscores_MSJ.transpose(1, 2), C_MRQN.flatten(1, 2), dtype))
 

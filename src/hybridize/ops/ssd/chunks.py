@@ -1,7 +1,7 @@
 """How state space duality is cut into chunks, laid out for matrix products, and its decays.
 
-Decays are exponentials of differences of the logarithms' running sum, never of a positive number. The sum is kept as
-the sum of two floats, so that a difference keeps its digits however far the sum has fallen; a boundary between
+Decays are exponentials of differences of the logarithms' running sum, never of a positive number. In fp32 the sum is
+kept as the sum of two floats, so that a difference keeps its digits however far the sum has fallen; a boundary between
 documents is a mask.
 
 Legend: B batch, L length, H heads, G groups of heads, P channels of a head, N states per channel; T tokens of a
@@ -64,6 +64,12 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.bmm(left, right, out_dtype=dtype)
 
 
+def rounded_product(tensor: Tensor, weight: Tensor, plan: Plan) -> Tensor:
+    """The elements' products, computed in fp32 at least and rounded once, to the dtype of the matrix products."""
+    shape = torch.broadcast_shapes(tensor.shape, weight.shape)
+    return torch.mul(tensor, weight, out=torch.empty(shape, dtype=plan.low, device=tensor.device))
+
+
 def _laid_out(view: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy without gaps, in `dtype`, in one pass."""
     return torch.empty(view.shape, dtype=dtype, device=view.device).copy_(view)
@@ -116,7 +122,7 @@ def _decays(log_MRQ: Tensor, starts_BKQ: Tensor | None, plan: Plan) -> Decays:
     after_MRQ = (sum_MRQ[..., -1:] - sum_MRQ).exp_().to(plan.dtype)
     high_MRQ = sum_MRQ.to(plan.dtype)
     between_MRQJ = high_MRQ.unsqueeze(-1) - high_MRQ.unsqueeze(-2)
-    if plan.dtype != torch.float64:
+    if plan.low == torch.float32:  # bf16 products would not see the digits, fp64 has enough
         low_MRQ = (sum_MRQ - high_MRQ).to(plan.dtype)
         between_MRQJ.add_(low_MRQ.unsqueeze(-1)).sub_(low_MRQ.unsqueeze(-2))
     hidden = torch.ones(2 * log_MRQ.shape[-1:], dtype=torch.bool, device=log_MRQ.device).triu_(1)

@@ -48,8 +48,8 @@ def fla_refuses(x_BLGP: Tensor, differentiable: bool) -> str:
         return f"x lies on {x_BLGP.device.type}, and its kernels run on cuda"
     if not _is_installed():
         return "package fla-core is not installed (it comes with hybridize[gpu])"
-    if x_BLGP.dtype == torch.float64:
-        return "its kernels do not take fp64"
+    if x_BLGP.dtype not in (torch.bfloat16, torch.float16):
+        return "its kernels are for bf16 and fp16; they would multiply fp32 numbers as TF32"
     if differentiable and _gradients_are_wrong(x_BLGP.device.index or 0):
         return "its gradients need Triton 3.7.1 or newer on Hopper"
     return ""
@@ -114,7 +114,7 @@ def ssd_fla(
             state_BHNP = state_SHNP.index_select(0, pad(first_B[1:] - 1, (0, 1), value=len(bounds_S1) - 2))
         if D_H is not None:
             y_BLHP = torch.addcmul(y_BLHP.float(), x_BLHP.float(), D_H.float().unsqueeze(-1)).to(x_BLGP.dtype)
-        return y_BLHP, state_BHNP.transpose(2, 3)
+        return y_BLHP, state_BHNP.transpose(2, 3).contiguous()
 
 
 def _bounds(starts_BL: Tensor) -> tuple[Tensor, Tensor]:

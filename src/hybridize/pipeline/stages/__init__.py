@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hybridize.pipeline.job import TRACES_FILE, Job
+from hybridize.pipeline.job import Job
 from hybridize.pipeline.stages.judging import (
     EVALUATION_FILE,
     run_evaluate,
@@ -94,7 +94,6 @@ __all__ = [
     "RANKING_FILE",
     "RUNNERS",
     "SCRATCH",
-    "TRACES_FILE",
     "Job",
     "files_of",
     "judges_in_world",

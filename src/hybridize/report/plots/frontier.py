@@ -40,13 +40,14 @@ def frontier_chart(frontier: Frontier, result: str, num_layers: int, *, narrow: 
     axes.plot([p.x for p in best], [p.quality.value for p in best], color=BLUE, linewidth=0.9, alpha=0.7, zorder=1)
     teacher = next((point for point in frontier.points if point.model.is_teacher), None)
     if teacher is not None:
-        axes.axhline(teacher.quality.value, color=INK, linewidth=0.9, linestyle=":", zorder=0)
+        axes.axhline(teacher.quality.value, color=INK, linewidth=1.2, linestyle=":", zorder=2)
     xs = [point.x for point in frontier.points]
     room = 0.18 * (max(xs) - min(xs)) or 0.5
     axes.set_xlim(max(min(xs) - room, 0 if frontier.axis == "cache" else -1e9), max(xs) + room * (2 if narrow else 1))
     ends = [end for p in frontier.points for end in (p.quality.value, p.quality.low, p.quality.high) if end is not None]
     margin = 0.08 * (max(ends) - min(ends)) or 0.05
-    axes.set_ylim(max(0.0, min(ends) - margin), min(1.0, max(ends) + margin))
+    # A little beyond what accuracy can be, so that neither a mark nor the dotted line lies on the frame.
+    axes.set_ylim(max(-margin / 2, min(ends) - margin), min(1 + margin / 2, max(ends) + margin))
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     if frontier.axis == "cache":
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_bytes(value)))

@@ -56,17 +56,20 @@ class Mamba1Spec(CarriesAttention):
     def resolve(self, geometry: AttentionGeometry) -> Self:
         """Return the spec with every size filled in from the teacher's attention.
 
+        A norm of the teacher's heads is left out, unless asked for, where the scan's heads are narrower than they.
+
         Raises:
             ValueError: the sizes do not divide one another.
         """
-        return self._filled(
-            {
-                "d_inner": geometry.query_width,
-                "d_xb": geometry.kv_width,
-                "dt_rank": -(-geometry.hidden_size // 16),
-                **self._attention_sizes(geometry),
-            }
-        )
+        sizes = {
+            "d_inner": geometry.query_width,
+            "d_xb": geometry.kv_width,
+            "dt_rank": -(-geometry.hidden_size // 16),
+            **self._attention_sizes(geometry),
+        }
+        if geometry.qk_norm == "head" and self.state_size != geometry.head_dim:
+            sizes["qk_norm"] = "none"
+        return self._filled(sizes)
 
 
 class Mamba2Spec(CarriesAttention):
