@@ -28,51 +28,51 @@ LAYERS = {
 }
 SEEDS = (0, 1, 2)
 STEPS, FIRST_LOOK = 1000, 100
-TOKENS_PER_STEP, LENGTH, ROWS = 4096, 512, 8
+TOKENS_PER_STEP, LENGTH = 2048, 512
 RATE = 3e-3
 HELDOUT_ROWS = 16
 LEVEL, PROBLEMS_PER_TASK = 2, 75
 
 INITS = ("aligned", "neutral", "attention_gate", "published", "random")
 
-# name: mixer, init, layers, steps of a per-layer fit before the distillation
-VARIANTS: dict[str, tuple[dict, str, str, int]] = {}
+# name: mixer, init, layers, steps of a per-layer fit before the distillation, turn (what runs first)
+VARIANTS: dict[str, tuple[dict, str, str, int, int]] = {}
 
 
-def _add(name: str, mixer: dict, init: str = "aligned", layers: str = "half", fit: int = 0) -> None:
+def _add(turn: int, name: str, mixer: dict, init: str = "aligned", layers: str = "half", fit: int = 0) -> None:
     assert name not in VARIANTS, name
-    VARIANTS[name] = (mixer, init, layers, fit)
+    VARIANTS[name] = (mixer, init, layers, fit, turn)
 
 
 for kind in ("mamba1", "mamba2", "gated_delta_net", "kimi_delta_attention"):
     for init in INITS:
-        _add(f"{kind}, {init}", {"type": kind}, init)
-    _add(f"{kind}, neutral, gate bias", {"type": kind, "gate_bias": True}, "neutral")
-    _add(f"{kind}, aligned, most", {"type": kind}, "aligned", "most")
-    _add(f"{kind}, neutral, most", {"type": kind}, "neutral", "most")
-    _add(f"{kind}, random, most", {"type": kind}, "random", "most")
-    _add(f"{kind}, aligned, fit", {"type": kind}, "aligned", "half", 100)
-_add("mamba1, N 32, aligned", {"type": "mamba1", "state_size": 32})
-_add("mamba1, N 32, neutral", {"type": "mamba1", "state_size": 32}, "neutral")
-_add("mamba1, N 8, aligned", {"type": "mamba1", "state_size": 8})
-_add("mamba2, N 16, aligned", {"type": "mamba2", "state_size": 16})
-_add("mamba2, no gate norm, aligned", {"type": "mamba2", "gate_norm": False})
-_add("mamba2, no gate norm, neutral, gate bias", {"type": "mamba2", "gate_norm": False, "gate_bias": True}, "neutral")
-for kind in ("gated_delta_net", "kimi_delta_attention"):
-    _add(f"{kind}, K 16, aligned", {"type": kind, "head_width": 16})
-    _add(f"{kind}, no conv activation, neutral", {"type": kind, "conv_activation": "none"}, "neutral")
-    _add(
-        f"{kind}, no conv activation, no l2, neutral",
-        {"type": kind, "conv_activation": "none", "l2_norm": False},
-        "neutral",
-    )
-    _add(f"{kind}, no output norm, neutral", {"type": kind, "output_norm": False}, "neutral")
+        _add(2 if init == "attention_gate" else 0, f"{kind}, {init}", {"type": kind}, init)
+    _add(1, f"{kind}, neutral, gate bias", {"type": kind, "gate_bias": True}, "neutral")
+    if kind != "mamba1":
+        linear = {"type": kind, "conv_activation": "none"}
+        _add(1, f"{kind}, no activation, neutral", linear, "neutral")
+        _add(1, f"{kind}, no activation, gate bias, neutral", linear | {"gate_bias": True}, "neutral")
+    for init in ("aligned", "neutral", "random"):
+        _add(3, f"{kind}, {init}, most", {"type": kind}, init, "most")
+    _add(2, f"{kind}, aligned, fit", {"type": kind}, "aligned", "half", 100)
+    _add(2, f"{kind}, neutral, fit", {"type": kind}, "neutral", "half", 100)
+_add(1, "mamba1, N 32, aligned", {"type": "mamba1", "state_size": 32})
+_add(1, "mamba2, N 16, aligned", {"type": "mamba2", "state_size": 16})
+_add(1, "gated_delta_net, K 16, aligned", {"type": "gated_delta_net", "head_width": 16})
+_add(1, "kimi_delta_attention, K 16, aligned", {"type": "kimi_delta_attention", "head_width": 16})
+_add(1, "mamba2, no gate norm, aligned", {"type": "mamba2", "gate_norm": False})
+_add(
+    2, "mamba2, no gate norm, neutral, gate bias", {"type": "mamba2", "gate_norm": False, "gate_bias": True}, "neutral"
+)
+_add(2, "gated_delta_net, no l2 norm, aligned", {"type": "gated_delta_net", "l2_norm": False})
+_add(2, "gated_delta_net, no output norm, aligned", {"type": "gated_delta_net", "output_norm": False})
+_add(2, "gated_delta_net, sigmoid gate, neutral", {"type": "gated_delta_net", "gate": "sigmoid"}, "neutral")
 for window in (32, 128):
-    _add(f"sliding_window, {window}", {"type": "sliding_window", "window": window})
-    _add(f"sliding_window, {window}, sink", {"type": "sliding_window", "window": window, "sink": True})
-    _add(f"sliding_window, {window}, most", {"type": "sliding_window", "window": window}, layers="most")
-_add("identity", {"type": "identity"})
-_add("identity, most", {"type": "identity"}, layers="most")
+    _add(1, f"sliding_window, {window}", {"type": "sliding_window", "window": window})
+    _add(1, f"sliding_window, {window}, sink", {"type": "sliding_window", "window": window, "sink": True})
+    _add(3, f"sliding_window, {window}, most", {"type": "sliding_window", "window": window}, layers="most")
+_add(0, "identity", {"type": "identity"})
+_add(3, "identity, most", {"type": "identity"}, layers="most")
 
 
 def run_trial(name: str, seed: int, packed: Path, work: Path, steps: int) -> dict:
@@ -91,7 +91,7 @@ def run_trial(name: str, seed: int, packed: Path, work: Path, steps: int) -> dic
 
     torch.set_num_threads(1)
     started = time.perf_counter()
-    mixer, init, layers, fit_steps = VARIANTS[name]
+    mixer, init, layers, fit_steps, _ = VARIANTS[name]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     teacher = load_teacher(str(TEACHER)).float()
@@ -162,7 +162,7 @@ def _worker(tasks: "multiprocessing.Queue", results: "multiprocessing.Queue", ou
 
 
 def run(out: Path, workers: int, steps: int, seeds: tuple[int, ...], wanted: str, seconds: float) -> None:
-    """Run the trials that are missing, those of the first seed first; start none after `seconds`."""
+    """Run the trials that are missing, turn by turn, seed by seed; stop after `seconds`."""
     out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     began = time.perf_counter()
@@ -174,6 +174,7 @@ def run(out: Path, workers: int, steps: int, seeds: tuple[int, ...], wanted: str
     print(f"packed {len(seeds)} x {steps} steps in {time.perf_counter() - began:.0f} s", flush=True)
     done = {(trial["name"], trial["seed"]) for trial in read(out)}
     todo = [(name, seed) for seed in seeds for name in VARIANTS if wanted in name and (name, seed) not in done]
+    todo.sort(key=lambda task: VARIANTS[task[0]][-1])
     tasks, results = context.Queue(), context.Queue()
     for task in todo:
         tasks.put(task)
@@ -208,7 +209,7 @@ def table(out: Path) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     trials = read(out)
-    for name, (_, _, layers, _) in VARIANTS.items():
+    for name, (_, _, layers, _, _) in VARIANTS.items():
         mine = [trial for trial in trials if trial["name"] == name]
         if not mine:
             continue

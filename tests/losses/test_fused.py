@@ -204,8 +204,14 @@ def test_compiled_and_checkpointed_losses_are_the_eager_one(device, on_cpu, monk
     torch.testing.assert_close(torch.autograd.grad(again, student), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=interpreted), pytest.param("cuda", marks=gpu)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        pytest.param("cpu", torch.float32, marks=interpreted),
+        pytest.param("cuda", torch.float32, marks=gpu),
+        pytest.param("cuda", torch.bfloat16, marks=gpu),
+    ],
+)
 def test_scaling_in_place_multiplies_in_float32(device, dtype):
     from hybridize.losses.triton import scale
 

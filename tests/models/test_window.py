@@ -81,6 +81,7 @@ def _tokens():
     return [(b, i) for b in range(2) for i in range(30)]
 
 
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
 @pytest.mark.parametrize("length", [1, 3, 16])
 def test_queries_are_the_last_keys_unless_a_cache_says_where(length, sink):
@@ -163,3 +164,26 @@ def test_dropout_drops_weights(softcap):
     kept = torch.isclose(out, twice).all(dim=-1)
     assert 0 < kept.sum() < kept.numel()
     assert (out[~kept] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gpu_equals_the_formula(dtype, sink):
+    states = [tensor.cuda().to(dtype).requires_grad_() for tensor in draw_states(33)]
+    module = make_module(9, sink)
+    if sink:
+        module.sink = module.sink.detach().cuda().requires_grad_()
+    out, _ = window.window_attention(module, *states, None)
+    expected = naive(*states, lambda _, i: list(range(max(i - 8, 0), i + 1)), WIDTH**-0.5, sink=module.sink)
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype is torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    torch.testing.assert_close(out.double(), expected, **tolerance)
+    tensors = states + ([module.sink] if sink else [])
+    for got, want in zip(
+        torch.autograd.grad(out.double().square().sum(), tensors),
+        torch.autograd.grad(expected.square().sum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=tolerance["rtol"], atol=4 * tolerance["atol"])

@@ -18,6 +18,7 @@ from hybridize.models import (
     save_hybrid,
     sequence_bytes,
     swap_layer,
+    window,
 )
 from hybridize.spec import AttentionSpec, IdentitySpec, LayoutSpec, Mamba1Spec, SlidingWindowSpec
 from hybridize.transfer import convert, replace_layer
@@ -158,6 +159,26 @@ def test_packed_documents_equal_separate_ones(any_hybrid, draw_tokens):
     packed = any_hybrid(tokens, position_ids=positions).logits
     apart = [any_hybrid(document).logits for document in tokens.split(lengths, dim=1)]
     torch.testing.assert_close(packed, torch.cat(apart, dim=1), **TOLERANCE)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(any_hybrid, draw_tokens, monkeypatch):
+    """With one recomputation within the other: a window's blocks are computed again in backward too."""
+    monkeypatch.setattr(window, "_BLOCK", 5)
+    any_hybrid.train()
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    inputs = {"input_ids": draw_tokens(1, 12), "position_ids": positions, "labels": draw_tokens(1, 12)}
+
+    def gradients():
+        any_hybrid.zero_grad()
+        any_hybrid(**inputs, use_cache=False).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in any_hybrid.named_parameters()}
+
+    plain = gradients()
+    enable = getattr(any_hybrid, "activation_checkpointing_enable", None)  # not in every release supported
+    (enable or any_hybrid.gradient_checkpointing_enable)()
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, plain[name], msg=name)
+        assert gradient.abs().sum() > 0, name
 
 
 def test_static_cache_equals_dynamic(make_teacher, draw_tokens):

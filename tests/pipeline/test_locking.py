@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hybridize import cli
 from hybridize.pipeline import locking
 from hybridize.pipeline.artifacts import make_artifact
 from hybridize.pipeline.locking import alone_in
@@ -189,3 +190,12 @@ def test_a_second_run_in_a_folder_stops_at_once(tiny_recipe):
     ):
         run_recipe(parse_recipe(tiny_recipe), Reporter(quiet=True))
     assert [path.name for path in output.iterdir()] == [".lock"], "it has not even written its recipe over the other's"
+
+
+def test_a_second_call_of_a_verb_for_the_same_folder_stops_before_any_work(tiny_teacher, tmp_path, capsys, monkeypatch):
+    words = ["traces", str(tiny_teacher), str(tmp_path / "out"), "--num-prompts", "1", "--verifier", "none"]
+    monkeypatch.setattr(sys, "argv", ["hybridize", *words])
+    with holder(tmp_path / ".out.lock") as (process, _), pytest.raises(SystemExit, match="2"):
+        cli.main()
+    assert f"{tmp_path / 'out'}: process {process.pid} on " in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]

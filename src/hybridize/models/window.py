@@ -21,7 +21,7 @@ C queries of a block, K keys that a block sees.
 
 import copy
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,76 +102,65 @@ def window_attention(
     first = first - low
     attend = functools.partial(_attend, window=window, scaling=scaling, softcap=softcap, dropout=dropout)
     if length <= _BLOCK:
-        seen = _Seen(first, document_BL, document_BL, valid_BS)
-        return attend(query_BHLD, sink_H, key_BGSD, value_BGSD, seen=seen), None
+        masks = {"distance": first, "document_BC": document_BL, "document_BK": document_BL, "valid_BK": valid_BS}
+        return attend(query_BHLD, sink_H, key_BGSD, value_BGSD, **masks), None
 
     # Keys and values are cut as the queries are, so that their gradients are put together in one go.
     sizes = [min(_BLOCK, length - start) for start in range(0, length, _BLOCK)]
     keys, values = (states.split([first, *sizes], dim=2) for states in (key_BGSD, value_BGSD))
+    if torch.is_grad_enabled():
+        attend = functools.partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=dropout > 0)
     blocks = []
     for block, query_BHCD in enumerate(query_BHLD.split(sizes, dim=2)):
-        start = block * _BLOCK
-        stop = start + sizes[block]
+        start, stop = block * _BLOCK, block * _BLOCK + sizes[block]
         low = max(first + start - window + 1, 0)
-        part = 0 if low < first else 1 + (low - first) // _BLOCK
-        begin = 0 if part == 0 else first + (part - 1) * _BLOCK  # the first key of that part
-        here = slice(begin, first + stop)
-        seen = _Seen(
-            first + start - begin,
-            None if document_BL is None else document_BL[:, start:stop],
-            None if document_BL is None else document_BL[:, here],
-            None if valid_BS is None else valid_BS[:, here],
+        part, skipped = (0, low) if low < first else (1 + (low - first) // _BLOCK, (low - first) % _BLOCK)
+        out_BCHD = attend(
+            query_BHCD,
+            sink_H,
+            *keys[part : block + 2],
+            *values[part : block + 2],
+            skipped=skipped,
+            distance=first + start - low,
+            document_BC=None if document_BL is None else document_BL[:, start:stop],
+            document_BK=None if document_BL is None else document_BL[:, low : first + stop],
+            valid_BK=None if valid_BS is None else valid_BS[:, low : first + stop],
         )
-        states = (*keys[part : block + 2], *values[part : block + 2])
-        if torch.is_grad_enabled():
-            out_BCHD = checkpoint(
-                attend, query_BHCD, sink_H, *states, seen=seen, use_reentrant=False, preserve_rng_state=dropout > 0
-            )
-        else:
-            out_BCHD = attend(query_BHCD, sink_H, *states, seen=seen)
         blocks.append(out_BCHD)
     return torch.cat(blocks, dim=1), None
-
-
-class _Seen(NamedTuple):
-    """What decides, beside the window, which of a block's keys its queries see.
-
-    Attributes:
-        distance: the number of the first query's own key among the keys.
-        document_BC: number of each query's document.
-        document_BK: number of each key's document.
-        valid_BK: False where a key is padding.
-    """
-
-    distance: Any
-    document_BC: Tensor | None
-    document_BK: Tensor | None
-    valid_BK: Tensor | None
 
 
 def _attend(
     query_BHCD: Tensor,
     sink_H: Tensor | None,
     *states_BGKD: Tensor,
-    seen: _Seen,
     window: int,
     scaling: float,
     softcap: float | None,
     dropout: float,
+    distance: Any,
+    document_BC: Tensor | None,
+    document_BK: Tensor | None,
+    valid_BK: Tensor | None,
+    skipped: int = 0,
 ) -> Tensor:
     """One block of queries against the keys of its windows, in parts: all parts' keys, then all parts' values.
 
+    Of the keys the first `skipped` are left out; then number `distance` is the first query's own.
+
     Returns [B, C, H, D].
     """
-    num_parts = len(states_BGKD) // 2
-    key_BGKD, value_BGKD = states_BGKD[0], states_BGKD[num_parts]
-    if num_parts > 1:
-        key_BGKD, value_BGKD = (torch.cat(part, dim=2) for part in (states_BGKD[:num_parts], states_BGKD[num_parts:]))
+    half = len(states_BGKD) // 2
+    key_BGKD, value_BGKD = (
+        (part[0] if half == 1 else torch.cat(part, dim=2))[:, :, skipped:]
+        for part in (states_BGKD[:half], states_BGKD[half:])
+    )
     batch, num_heads, num_queries, _ = query_BHCD.shape
     num_groups, num_keys = key_BGKD.shape[1:3]
     seen_BCK = None
-    if num_queries > 1 or isinstance(seen.distance, Tensor) or seen.valid_BK is not None:
-        seen_BCK = _mask(seen, num_queries, num_keys, window, key_BGKD.device)
+    if num_queries > 1 or isinstance(distance, Tensor) or valid_BK is not None:
+        place_C = torch.arange(num_queries, device=key_BGKD.device) + distance
+        seen_BCK = _seen(place_C, num_keys, window, document_BC, document_BK, valid_BK)
 
     # A group's query heads read the same keys: they are further rows of one head. Nothing is repeated but the mask.
     rows = num_heads // num_groups * num_queries
@@ -196,15 +185,21 @@ def _attend(
     return out_BGRD.reshape(batch, num_heads, num_queries, -1).transpose(1, 2).contiguous()
 
 
-def _mask(seen: _Seen, num_queries: int, num_keys: int, window: int, device: torch.device) -> Tensor:
-    """Which keys each query sees, [B or 1, C, K] bool."""
-    place_C = torch.arange(num_queries, device=device) + seen.distance
-    back_CK = place_C[:, None] - torch.arange(num_keys, device=device)
+def _seen(
+    place_C: Tensor,
+    num_keys: int,
+    window: int,
+    document_BC: Tensor | None,
+    document_BK: Tensor | None,
+    valid_BK: Tensor | None,
+) -> Tensor:
+    """Which keys each query sees, by its own key's number: [B or 1, C, K] bool."""
+    back_CK = place_C[:, None] - torch.arange(num_keys, device=place_C.device)
     seen_BCK = ((back_CK >= 0) & (back_CK < window))[None]
-    if seen.document_BC is not None and seen.document_BK is not None:
-        seen_BCK = seen_BCK & (seen.document_BC[:, :, None] == seen.document_BK[:, None])
-    if seen.valid_BK is not None:  # padding sees itself, so that no row is empty
-        seen_BCK = seen_BCK & (seen.valid_BK[:, None] | (back_CK == 0))
+    if document_BC is not None and document_BK is not None:
+        seen_BCK = seen_BCK & (document_BC[:, :, None] == document_BK[:, None])
+    if valid_BK is not None:  # padding sees itself, so that no row is empty
+        seen_BCK = seen_BCK & (valid_BK[:, None] | (back_CK == 0))
     return seen_BCK
 
 

@@ -96,7 +96,10 @@ def rewrite_report(run: Path) -> Path:
 
 def _known_fingerprint(teacher: str) -> str | None:
     """What identifies the teacher; None if its folder, or the revision of its name on the hub, is not at hand."""
-    found = fingerprint_model(teacher)
+    try:
+        found = fingerprint_model(teacher)
+    except ValueError:  # a path that is no name on the hub either
+        return None
     return None if found.endswith("@") else found
 
 

@@ -5,7 +5,7 @@ of a replaced layer that nobody knows, that has another shape, or that is missin
 with what happened to be in its memory.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -88,3 +88,28 @@ class HybridWeights:
             )
         target.parameter.data.copy_(part)
         self.loaded.add(name)
+
+
+def without_lost_biases(
+    weights: Iterable[tuple[str, Tensor]], parameters: Collection[str], packed: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass a stream of tensors on, but not a bias that vLLM's model has no place for and would leave out unsaid.
+
+    Args:
+        weights: the checkpoint's tensors.
+        parameters: names of the model's parameters.
+        packed: which projections of the checkpoint vLLM keeps in one, by the name of the one.
+
+    Raises:
+        ValueError: there is such a bias; names it.
+    """
+    whole = {part: name for name, parts in packed.items() for part in parts}
+    for name, tensor in weights:
+        if name.endswith(".bias"):
+            path, _, module = name.removesuffix(".bias").rpartition(".")
+            if f"{path}.{whole.get(module, module)}.bias" not in parameters:
+                raise ValueError(
+                    f"{name}: vLLM's model of this family has no such bias and would leave it out, so its answers would "
+                    "not be the model's; generate with transformers"
+                )
+        yield name, tensor

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
 from hybridize.models import FAMILIES, ModelFamily, find_family
 from hybridize.serving.layers import ServedIdentity, ServedMixer
-from hybridize.serving.loading import HybridWeights, Target
+from hybridize.serving.loading import HybridWeights, Target, without_lost_biases
 from hybridize.serving.natives import native_model
 from hybridize.serving.states import has_state, state_page_bytes
 from hybridize.serving.windows import sink_targets, windows_in_place
@@ -29,7 +29,7 @@ from hybridize.spec.mixers import IdentitySpec
 class ServedHybrid:
     """What makes vLLM's model of a family a hybrid."""
 
-    named_modules: Any
+    named_parameters: Any
     get_submodule: Any
     set_submodule: Any
     family: ModelFamily
@@ -70,7 +70,11 @@ class ServedHybrid:
             get_tensor_model_parallel_rank(),
             get_tensor_model_parallel_world_size(),
         )
-        loaded = super().load_weights(own.take(weights))  # type: ignore[misc]
+        rest = own.take(weights)
+        if get_pp_group().world_size == 1:  # else a bias may have its place in another stage
+            names = {name for name, _ in self.named_parameters()}
+            rest = without_lost_biases(rest, names, getattr(self, "packed_modules_mapping", None) or {})
+        loaded = super().load_weights(rest)  # type: ignore[misc]
         own.check_complete()
         return set(loaded or ()) | own.loaded
 

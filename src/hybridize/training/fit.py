@@ -31,6 +31,8 @@ Streams = list[tuple[Tensor, Tensor]]
 class Mixers(nn.Module):
     """A student's mixers by themselves: what a fit trains and saves.
 
+    A sliding window is not among them: it is the attention itself, with nothing new to be fitted.
+
     Args:
         student: a hybrid; the mixers stay its own.
         recompute: compute a mixer again in backward instead of keeping its activations.
@@ -38,8 +40,10 @@ class Mixers(nn.Module):
 
     def __init__(self, student: Any, recompute: bool) -> None:
         super().__init__()
-        replaced = layout_of(student.config).replaced
-        self.layers = nn.ModuleDict({str(layer): attention_module(student, layer) for layer in replaced})
+        modules = {layer: attention_module(student, layer) for layer in layout_of(student.config).replaced}
+        self.layers = nn.ModuleDict(
+            {str(layer): module for layer, module in modules.items() if isinstance(module, MixerLayer)}
+        )
         self.recompute = recompute
 
     @property
@@ -236,7 +240,8 @@ def _sum_of_squares(values_RLE: Tensor, present_RL: Tensor) -> Tensor:
 
 def _check_pair(student: Any, teacher: Any) -> None:
     """Raise a `ValueError` unless the student has mixers in place of the teacher's attention."""
-    if not layout_of(student.config).replaced:
+    replaced = [attention_module(student, layer) for layer in layout_of(student.config).replaced]
+    if not any(isinstance(module, MixerLayer) and list(module.parameters()) for module in replaced):
         raise ValueError("student: it has no mixer to fit; convert layers first")
     for name in ("num_hidden_layers", "hidden_size"):
         ours, theirs = getattr(student.config, name), getattr(teacher.config, name)

@@ -120,8 +120,9 @@ def carry_out(
     resumed_from = step_of(checkpoint) if checkpoint else 0
     with _restored(student):
         choose_trainable(student, stage.train, stage.freeze)
-        num_trainable = sum(p.numel() for p in student.parameters() if p.requires_grad)
-        widen(trained if trained is not None else student)
+        trained = trained if trained is not None else student
+        num_trainable = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+        widen(trained)
         if teacher is not None:
             check_separate(student, teacher)
         with _checkpointing(student, stage.gradient_checkpointing), _quiet():

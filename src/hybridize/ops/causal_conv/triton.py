@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from hybridize.ops.causal_conv.shifted import with_window
 
-_TOKENS, _CHANNELS = 32, 64
+_TOKENS, _CHANNELS = 64, 64
 
 
 @triton.jit

@@ -229,6 +229,7 @@ def scan_backward_kernel(
         chunk_tiles = tl.minimum(CHUNK, num_tiles - first_tile)
         # Through the chunk once, to write down the state before each tile; then back.
         state_RCW = tl.permute(tl.load(kept_ptr + chunk * kept_stride + block_WCR), [2, 1, 0])
+        tl.store(scratch_ptr + block_WCR, tl.permute(state_RCW, [2, 1, 0]))
         for tile in tl.range(0, chunk_tiles - 1, num_stages=STAGES):
             token_T = (first_tile + tile) * T + tl.arange(0, T)
             x_TC = load_rows(x_ptr, token_T, left, x_stride_t, channel_C, valid_C)
@@ -243,10 +244,7 @@ def scan_backward_kernel(
         for step in tl.range(0, chunk_tiles, num_stages=STAGES):
             tile = chunk_tiles - 1 - step
             token_T = (first_tile + tile) * T + tl.arange(0, T)
-            if tile == 0:
-                state_RCW = tl.permute(tl.load(kept_ptr + chunk * kept_stride + block_WCR), [2, 1, 0])
-            else:
-                state_RCW = tl.permute(tl.load(scratch_ptr + tile * block + block_WCR), [2, 1, 0])
+            state_RCW = tl.permute(tl.load(scratch_ptr + tile * block + block_WCR), [2, 1, 0])
             x_TC = load_rows(x_ptr, token_T, left, x_stride_t, channel_C, valid_C)
             dt_TC = load_rows(dt_ptr, token_T, left, dt_stride_t, channel_C, valid_C)
             dy_TC = load_rows(dy_ptr, token_T, left, dy_stride_t, channel_C, valid_C)
