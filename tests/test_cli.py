@@ -398,3 +398,16 @@ def test_plan_names_a_layer_out_of_range(capsys, tiny_teacher, tmp_path):
     code, _, error = hybridize(capsys, "plan", tmp_path / "r.yaml")
     assert code == 2
     assert "recipe.stages[0].layers[0]: the teacher has no layer 9; it has 4, use 0..3" in error
+
+
+def test_bench_measures_small_shapes_on_a_cpu(capsys, tmp_path):
+    words = ("bench", "kernels", "--small", "--repeats", "1", "--op", "causal_conv", "--op", "distillation_loss")
+    code, text, _ = hybridize(capsys, *words, "--out", tmp_path / "kernels.json")
+    assert code == 0
+    assert "causal_conv" in text
+    records = json.loads((tmp_path / "kernels.json").read_text())
+    assert {record["op"] for record in records} == {"causal_conv", "distillation_loss"}
+    assert all(record["forward_ms"] > 0 for record in records if "skipped" not in record)
+    code, _, error = hybridize(capsys, "bench", "kernels", "--op", "conv")
+    assert code == 2
+    assert "--op: 'conv' is unknown; use one of selective_scan" in error

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 from hybridize.data.chat import render, render_prompt
 from hybridize.data.world import TASKS, draw_problem
@@ -46,6 +46,7 @@ class Parrot:
         self.batch_sizes = []
         self.training = True
         self.modes = []
+        self.generation_config = GenerationConfig(num_beams=3, repetition_penalty=2.0, eos_token_id=self.stop)
 
     def eval(self):
         return self.train(False)
@@ -60,12 +61,12 @@ class Parrot:
         attention_mask,
         max_new_tokens,
         do_sample,
-        num_beams,
-        repetition_penalty,
         pad_token_id,
         eos_token_id,
+        use_cache,
     ):
-        assert (do_sample, num_beams, repetition_penalty) == (False, 1, 1.0)  # plainly greedy
+        assert (do_sample, use_cache) == (False, True)
+        assert self.generation_config.to_diff_dict() == GenerationConfig().to_diff_dict()  # plainly greedy
         assert not torch.is_grad_enabled()
         assert (pad_token_id, eos_token_id) == (self.pad, [self.stop])
         assert input_ids.shape == attention_mask.shape

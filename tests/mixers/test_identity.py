@@ -47,6 +47,15 @@ def test_output_is_zero_and_there_is_no_state():
     mixer.reset_parameters()
 
 
+def test_gradient_is_zero_but_there():
+    """Also where the input is not finite."""
+    hidden = torch.tensor([[[1.0, float("inf")]]], requires_grad=True)
+    out, _ = build_mixer(IdentitySpec(), 2)(hidden)
+    assert torch.equal(out, torch.zeros(1, 1, 2))
+    out.sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros(1, 1, 2))
+
+
 def test_layer_is_its_mlp_alone():
     """The residual stream passes attention by unchanged."""
     hybrid = convert("llama", (1,))

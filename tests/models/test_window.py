@@ -83,14 +83,12 @@ def _tokens():
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
-@pytest.mark.parametrize("length", [1, 3, 16])
-def test_queries_are_the_last_keys_unless_a_cache_says_where(length, sink):
+@pytest.mark.parametrize(("length", "size"), [(1, 6), (3, 6), (16, 6), (16, 10)])
+def test_queries_are_the_last_keys_unless_a_cache_says_where(length, size, sink):
     """A cache that grows or slides gives its last keys; one of fixed size gives empty ones behind them too."""
-    states, module = draw_states(length, num_keys=20), make_module(6, sink)
-    first = 20 - length
-    expected = naive(
-        *states, lambda _, i: list(range(max(first + i - 5, 0), first + i + 1)), WIDTH**-0.5, sink=module.sink
-    )
+    states, module, first = draw_states(length, num_keys=20), make_module(size, sink), 20 - length
+    keys = [list(range(max(i - size + 1, 0), i + 1)) for i in range(first, 20)]
+    expected = naive(*states, lambda _, i: keys[i], WIDTH**-0.5, sink=module.sink)
     out, _ = window.window_attention(module, *states, None)
     torch.testing.assert_close(out.double(), expected, **TOLERANCE)
     states[1:] = [torch.nn.functional.pad(tensor, (0, 0, 0, 9), value=5.0) for tensor in states[1:]]

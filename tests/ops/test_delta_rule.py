@@ -2,27 +2,29 @@
 
 import math
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from delta_rule_inputs import (
+    EXACT,
+    LENGTHS,
+    OPS,
+    assert_chunked_is_reference,
+    assert_same,
+    both_ops,
+    decay_name,
+    make_inputs,
+    run,
+    weights_for,
+)
 from torch import Tensor
 
-from hybridize.ops.delta_rule import chunked, fla_kernels
-from hybridize.ops.gated_delta import gated_delta_rule, gated_delta_rule_step
+from hybridize.ops.delta_rule import chunked
+from hybridize.ops.gated_delta import gated_delta_rule
 from hybridize.ops.gated_delta.chunked import decay_products
-from hybridize.ops.kimi_delta import kimi_delta_attention, kimi_delta_attention_step
-
-LENGTHS = [1, 63, 1000]
-OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "gated": (gated_delta_rule, gated_delta_rule_step),
-    "kimi": (kimi_delta_attention, kimi_delta_attention_step),
-}
-EXACT = 1e-11
-
-both_ops = pytest.mark.parametrize("op", list(OPS))
+from hybridize.ops.kimi_delta import kimi_delta_attention
 
 
 @pytest.fixture(autouse=True)
@@ -31,79 +33,6 @@ def _fresh_but_reported_seed(record_property: Any) -> None:
     torch.manual_seed(seed)
     record_property("seed", seed)
     print(f"seed {seed}")  # pytest shows it when the test fails
-
-
-def decay_name(op: str) -> str:
-    return "g_BLH" if op == "gated" else "g_BLHK"
-
-
-def make_inputs(
-    op: str,
-    batch: int = 2,
-    length: int = 63,
-    heads: int = 4,
-    groups: int = 2,
-    key_width: int = 6,
-    value_width: int = 5,
-    dtype: torch.dtype = torch.float64,
-    documents: int = 1,
-) -> dict[str, Tensor]:
-    per_channel = (key_width,) if op == "kimi" else ()
-    keys = torch.randn(batch, length, groups, key_width)
-    inputs = {
-        "q_BLHK": torch.randn(batch, length, heads, key_width),
-        "k_BLGK": keys / keys.norm(dim=-1, keepdim=True),
-        "v_BLGV": torch.randn(batch, length, groups, value_width),
-        decay_name(op): -torch.exp(torch.randn(batch, length, heads, *per_channel) * 2 - 2),
-        "beta_BLH": torch.rand(batch, length, heads) * 1.5,
-        "initial_state_BHKV": torch.randn(batch, heads, key_width, value_width),
-    }
-    inputs = {name: tensor.to(dtype).requires_grad_() for name, tensor in inputs.items()}
-    if documents > 1:
-        starts_BL = torch.zeros(batch, length, dtype=torch.bool)
-        for row in range(batch):
-            starts_BL[row, torch.randperm(length)[: documents - 1]] = True
-        inputs["starts_BL"] = starts_BL
-    return inputs
-
-
-def run(
-    op: str, inputs: dict[str, Tensor], backend: str, weights: tuple[Tensor, Tensor], autocast: bool = False
-) -> dict[str, Tensor]:
-    """Outputs and the gradients of a random linear function of them."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        o_BLHV, state_BHKV = OPS[op][0](**inputs, return_final_state=True, backend=backend)
-    value = (o_BLHV * weights[0]).sum() + (state_BHKV * weights[1]).sum()
-    wanted = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
-    grads = torch.autograd.grad(value, list(wanted.values()))
-    return {"o": o_BLHV, "state": state_BHKV, **dict(zip(wanted, grads, strict=True))}
-
-
-def weights_for(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    batch, length, heads, key_width = inputs["q_BLHK"].shape
-    value_width = inputs["v_BLGV"].shape[-1]
-    dtype = inputs["q_BLHK"].dtype
-    return (
-        torch.randn(batch, length, heads, value_width).to(dtype),
-        torch.randn(batch, heads, key_width, value_width).to(dtype),
-    )
-
-
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Compare each tensor at the scale of its largest entry."""
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert got[name].dtype == tensor.dtype, name
-        assert got[name].shape == tensor.shape, name
-        assert torch.isfinite(tensor).all(), name
-        scale = float(tensor.detach().abs().max()) or 1.0
-        error = float((got[name].double() - tensor.double()).detach().abs().max()) / scale
-        assert error <= tolerance, f"{name}: relative error {error:.1e}"
-
-
-def assert_chunked_is_reference(op: str, inputs: dict[str, Tensor], tolerance: float = EXACT) -> None:
-    weights = weights_for(inputs)
-    assert_same(run(op, inputs, "chunked", weights), run(op, inputs, "reference", weights), tolerance)
 
 
 @both_ops
@@ -464,60 +393,3 @@ def test_other_wrong_arguments_are_named(op: str) -> None:
         OPS[op][1](torch.zeros(2, 4, 5, 6), *args)
     with pytest.raises(ValueError, match=r"k_BGK: 3 groups do not divide 4 heads"):
         OPS[op][1](inputs["initial_state_BHKV"], args[0], torch.zeros(2, 3, 6), *args[2:])
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@both_ops
-@pytest.mark.parametrize("backend", ["chunked", "fla"])
-@pytest.mark.parametrize("documents", [1, 20])
-@pytest.mark.parametrize("length", LENGTHS)
-def test_gpu_equals_reference_with_gradients(op: str, length: int, documents: int, backend: str) -> None:
-    if backend == "fla" and not fla_kernels.is_installed():
-        pytest.skip("needs flash-linear-attention")
-    inputs = make_inputs(
-        op, length=length, key_width=32, value_width=64, dtype=torch.bfloat16, documents=min(documents, length + 1)
-    )
-    weights = weights_for(inputs)
-    exact = {
-        name: tensor.detach().double().requires_grad_() if tensor.is_floating_point() else tensor
-        for name, tensor in inputs.items()
-    }
-    expected = run(op, exact, "chunked", (weights[0].double(), weights[1].double()))
-    on_gpu = {name: tensor.detach().cuda() for name, tensor in inputs.items()}
-    for name in ("g_BLH", "g_BLHK", "beta_BLH", "initial_state_BHKV"):
-        if name in on_gpu:
-            on_gpu[name] = on_gpu[name].float()
-    on_gpu = {name: t.requires_grad_() if t.is_floating_point() else t for name, t in on_gpu.items()}
-    got = run(op, on_gpu, backend, (weights[0].cuda(), weights[1].cuda()))
-    assert (got["o"].dtype, got["state"].dtype) == (torch.bfloat16, torch.float32)
-    for name, tensor in expected.items():
-        error = (got[name].cpu().double() - tensor).norm() / tensor.norm().clamp(min=1e-9)
-        assert float(error) < 1.5e-2, f"{name}: relative error {float(error):.1e}"
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@both_ops
-def test_gpu_picks_the_kernels_and_steps_agree(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not fla_kernels.is_installed():
-        pytest.skip("needs flash-linear-attention")
-    inputs = make_inputs(op, length=70, key_width=32, value_width=64, dtype=torch.bfloat16)
-    inputs = {name: tensor.detach().cuda() for name, tensor in inputs.items()}
-    inputs["initial_state_BHKV"] = inputs["initial_state_BHKV"].float()
-    picked, _ = OPS[op][0](**inputs)
-    assert torch.equal(picked, OPS[op][0](**inputs, backend="fla")[0])
-    whole, end_BHKV = OPS[op][0](**inputs, return_final_state=True, backend="chunked")
-    state_BHKV = inputs.pop("initial_state_BHKV")
-    tokens = list(zip(*(tensor.unbind(1) for tensor in inputs.values()), strict=True))
-    for use_kernel in (True, False):
-        state, steps = state_BHKV, []
-        if not use_kernel:
-            monkeypatch.setattr(fla_kernels, "takes", lambda *args: False)
-        for token in tokens:
-            o_BHV, state = OPS[op][1](state, *token)
-            steps.append(o_BHV)
-        got = torch.stack(steps, dim=1)
-        assert state.dtype == torch.float32
-        assert float((got.double() - whole.double()).norm() / whole.double().norm()) < 1e-2
-        assert float((state - end_BHKV).norm() / end_BHKV.norm()) < 1e-2

@@ -281,6 +281,7 @@ def test_memory_kept_for_the_backward_does_not_grow_with_states() -> None:
 
 
 @gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32")
 def test_compiled_equals_eager_with_gradients() -> None:
     inputs = make_inputs(length=300, documents=3)
     weights = weights_for(inputs)

@@ -29,7 +29,7 @@ def test_what_is_not_a_mixers_passes_by():
     weights = make()
     rest = dict(weights.take(WHOLE.items()))
     assert list(rest) == ["layers.0.self_attn.q_proj.weight", "layers.1.mlp.up_proj.weight"]
-    weights.check_complete()
+    weights.check_complete({})
     assert weights.loaded == weights.targets.keys()
     assert weights.targets["layers.1.self_attn.mixer.A_log"].parameter.tolist() == [0.0, 1.0, 2.0, 3.0]
 
@@ -44,7 +44,25 @@ def test_a_missing_tensor_is_named():
     weights = make()
     list(weights.take((name, t) for name, t in WHOLE.items() if "norm" not in name))
     with pytest.raises(ValueError, match=r"lacks tensors .*layers\.1\.self_attn\.mixer\.norm\.weight; convert"):
-        weights.check_complete()
+        weights.check_complete({})
+
+
+def test_a_missing_tensor_of_the_teacher_is_named():
+    weights = make()
+    list(weights.take(WHOLE.items()))
+    expected = {name: tensor.numel() for name, tensor in WHOLE.items()}
+    weights.check_complete(expected)
+    with pytest.raises(ValueError, match=r"lacks tensors .*: layers\.1\.mlp\.down_proj\.weight; convert"):
+        weights.check_complete(expected | {"layers.1.mlp.down_proj.weight": 3})
+
+
+def test_experts_are_counted_where_a_checkpoint_has_them_one_by_one():
+    weights = make()
+    stream = {f"layers.0.mlp.experts.{e}.up_proj.weight": torch.ones(2, 3) for e in range(4)}
+    list(weights.take((WHOLE | stream).items()))
+    weights.check_complete({"layers.0.mlp.experts.up_proj": 24})
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.up_proj"):
+        weights.check_complete({"layers.0.mlp.experts.up_proj": 30})
 
 
 def test_an_unknown_tensor_of_a_mixer_is_named():

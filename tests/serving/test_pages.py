@@ -9,7 +9,9 @@ PAGE = StatePage((3, 5, 7), torch.float32, (11, 3), torch.bfloat16)
 
 
 def pool(num_pages, stride):
-    return torch.as_strided(torch.zeros(num_pages * stride, dtype=torch.uint8), (num_pages, PAGE.num_bytes), (stride, 1))
+    return torch.as_strided(
+        torch.zeros(num_pages * stride, dtype=torch.uint8), (num_pages, PAGE.num_bytes), (stride, 1)
+    )
 
 
 @pytest.mark.parametrize("extra", [0, 64, 4096])

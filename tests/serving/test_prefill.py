@@ -17,7 +17,7 @@ def rng():
 
 
 def lengths_of(groups, lengths):
-    return [[lengths[s] for s in group.sequences_S.tolist()] for group in groups]
+    return [[lengths[s] for s in group.sequences.tolist()] for group in groups]
 
 
 def test_every_token_lies_in_its_place_once(rng):
@@ -25,21 +25,21 @@ def test_every_token_lies_in_its_place_once(rng):
         lengths = [rng.choice([1, 2, 3, rng.randint(1, 70)]) for _ in range(rng.randint(1, 12))]
         fresh = [rng.random() < 0.7 for _ in lengths]
         groups = plan_prefill(lengths, fresh, "cpu")
-        assert sorted(s for group in groups for s in group.sequences_S.tolist()) == list(range(len(lengths)))
+        assert sorted(s for group in groups for s in group.sequences.tolist()) == list(range(len(lengths)))
         hidden = torch.arange(1, sum(lengths) + 1, dtype=torch.float32).unsqueeze(1)
         starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
         output = torch.zeros_like(hidden)
         for group in groups:
             rectangle = group.gather(hidden)
-            for row, sequence in enumerate(group.sequences_S.tolist()):
+            for row, sequence in enumerate(group.sequences.tolist()):
                 length = lengths[sequence]
                 padding = rectangle.shape[1] - length
                 assert rectangle[row, padding:].flatten().tolist() == list(
                     range(starts[sequence] + 1, starts[sequence] + length + 1)
                 )
                 assert not rectangle[row, :padding].any()
-                if group.valid_SL is not None:
-                    assert group.valid_SL[row].tolist() == [False] * padding + [True] * length
+                if group.valid is not None:
+                    assert group.valid[row].tolist() == [False] * padding + [True] * length
                 else:
                     assert padding == 0
             group.scatter(rectangle, output)
@@ -48,7 +48,7 @@ def test_every_token_lies_in_its_place_once(rng):
 
 def test_sequences_that_go_on_are_alone():
     groups = plan_prefill([8, 8, 8, 8], [True, False, True, False], "cpu")
-    assert [(group.sequences_S.tolist(), group.fresh) for group in groups] == [
+    assert [(group.sequences.tolist(), group.fresh) for group in groups] == [
         ([1], False),
         ([3], False),
         ([0, 2], True),

@@ -99,14 +99,16 @@ def test_every_kind_with_a_state_is_tested_and_has_rules():
 
 
 def test_ranks_that_do_not_divide_the_groups_are_refused():
-    with pytest.raises(ValueError, match="3 does not divide the 4 groups of layer 7 .gated_delta_net.; use one of 1, 2, 4"):
+    with pytest.raises(
+        ValueError, match=r"3 does not divide the 4 groups of layer 7 .gated_delta_net.; use one of 1, 2, 4"
+    ):
         part_of_spec(resolved("gated_delta_net"), 3, "layer 7")
 
 
 def test_norms_over_all_heads_are_not_divided():
     spec = resolved("mamba2").model_copy(update={"qk_norm": "width"})
     assert part_of_spec(spec, 1, "layer 0") == spec
-    with pytest.raises(ValueError, match="qk_norm: width.*use 1"):
+    with pytest.raises(ValueError, match=r"qk_norm: width.*use 1"):
         part_of_spec(spec, 2, "layer 0")
 
 

@@ -4,6 +4,7 @@ import os
 
 import typer
 
+from hybridize.cli.benching import bench
 from hybridize.cli.converting import convert, merge, rank
 from hybridize.cli.exchanging import export, import_
 from hybridize.cli.jobs import plan, report, run
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 for verb in VERBS:
     app.command(verb.__name__.strip("_"))(verb)
+app.add_typer(bench)
 
 
 def main() -> None:

@@ -40,6 +40,8 @@ def traces(
     settings: SetOption = None,
 ) -> None:
     """Let the teacher answer prompts and keep the verified answers, for training."""
+    from hybridize.spec.data import TRACES_FILE
+
     stage = make_stage(
         "traces",
         settings,
@@ -53,7 +55,7 @@ def traces(
         seed=seed,
     )
     metrics = run_alone(stage, teacher, data, out).metrics
-    typer.echo(f"{metrics['verified']:,} of {metrics['samples']:,} answers kept: {out / 'traces.parquet'}")
+    typer.echo(f"{metrics['verified']:,} of {metrics['samples']:,} answers kept: {out / TRACES_FILE}")
 
 
 def fit(

@@ -11,6 +11,7 @@ from hybridize.importance.published import score_by_import
 from hybridize.importance.ranking import ACCURACY_LOST, NAT_PER_TOKEN, LayerOrder, Ranking
 from hybridize.importance.request import Batch, Judge, OnProgress, Request, Scores
 from hybridize.spec import AttentionGeometry, AttentionSpec
+from hybridize.spec.mixers import CarriesAttention
 from hybridize.spec.stages import RankStage
 
 
@@ -101,7 +102,7 @@ def rank_layers(
         The ranking, with both controls.
 
     Raises:
-        ValueError: no layer is attention, the mixer is attention, the batches do not fit the stage, or a judge or the
+        ValueError: no layer is attention, the mixer is attention or not to be trained, the batches do not fit the stage, or a judge or the
             file of scores is missing or unsound.
         StoppedError: a layer's loss is not finite.
     """
@@ -109,6 +110,11 @@ def rank_layers(
 
     if isinstance(stage.mixer, AttentionSpec):
         raise ValueError("mixer: ranking swaps attention for another mixer, not for attention; use mamba1")
+    if stage.method in ("mmr", "kl") and not isinstance(stage.mixer, CarriesAttention):
+        raise ValueError(
+            f"mixer: {stage.method} trains what it swaps in, and {stage.mixer.type} has nothing new to train; use a mixer "
+            "with a state, or method window or loo"
+        )
     layout = layout_of(model.config)
     layers = tuple(i for i, mixer in enumerate(layout.layers) if isinstance(mixer, AttentionSpec))
     if not layers:

@@ -35,8 +35,13 @@ class IdentityMixer(Mixer):
         state: MixerState | None = None,
         return_state: bool = False,
     ) -> tuple[Tensor, None]:
-        """Return zeros of the input's shape, and no state."""
-        return torch.zeros_like(hidden_BLE), None
+        """Return zeros of the input's shape, and no state.
+
+        They depend on the input, with a gradient of 0: what made it is trained by nobody, but data-parallel training
+        waits for a gradient of each parameter.
+        """
+        everywhere = torch.ones((), dtype=torch.bool, device=hidden_BLE.device)
+        return hidden_BLE.masked_fill(everywhere, 0.0), None
 
     def state_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         """Return {}: there is no state."""

@@ -94,10 +94,10 @@ class ServedMixer(nn.Module, MambaBase):
             is_request_S1 = (page_S != _NO_PAGE).unsqueeze(1)
             output_TE[:num_decodes] = torch.where(is_request_S1, out_S1E.squeeze(1), 0.0)
         for group in metadata.groups:
-            page_S = metadata.state_indices_tensor_p[group.sequences_S].long()
+            page_S = metadata.state_indices_tensor_p[group.sequences].long()
             out_SLE, state = self.mixer(
                 group.gather(hidden_TE[num_decodes:num_tokens]),
-                valid_BL=group.valid_SL,
+                valid_BL=group.valid,
                 state=None if group.fresh else _read(conv_PXk, ssm_P, page_S),
                 return_state=True,
             )
@@ -153,4 +153,3 @@ def _read(conv_PXk: Tensor, ssm_P: Tensor, page_S: Tensor) -> MixerState:
 def _write(conv_PXk: Tensor, ssm_P: Tensor, page_S: Tensor, state: MixerState) -> None:
     conv_PXk[page_S] = state.conv[..., 1:].to(conv_PXk.dtype)
     ssm_P[page_S] = state.ssm.to(ssm_P.dtype)
-

@@ -1,10 +1,12 @@
-"""Loading a hybrid's own tensors, each of them accounted for. Imports no vllm.
+"""Loading a hybrid's checkpoint, each of its tensors accounted for. Imports no vllm.
 
 Tensors of the mixers go where the checkpoint's names say; all others go the way that vLLM has for the family. A tensor
 of a replaced layer that nobody knows, that has another shape, or that is missing, is an error: no layer is ever served
-with what happened to be in its memory.
+with what happened to be in its memory. vLLM by itself does not notice if a matrix of the teacher's is missing, or if it
+has no place for a bias; so that is checked here too.
 """
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,6 +51,7 @@ class HybridWeights:
         self.closed, self.elsewhere = tuple(closed), tuple(elsewhere)
         self.rank, self.num_ranks = rank, num_ranks
         self.loaded: set[str] = set()
+        self.seen: dict[str, int] = {}
 
     def take(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Fill the targets from a stream of tensors and pass on what belongs to the rest of the model.
@@ -57,6 +60,7 @@ class HybridWeights:
             ValueError: a tensor belongs to no part of its layer, or has another shape; names it and the remedy.
         """
         for name, tensor in weights:
+            self.seen[name] = tensor.numel()
             if name in self.targets:
                 self._fill(name, tensor)
             elif name.startswith(self.closed):
@@ -67,12 +71,26 @@ class HybridWeights:
             elif not name.startswith(self.elsewhere):
                 yield name, tensor
 
-    def check_complete(self) -> None:
-        """Raise a `ValueError` naming the targets that nothing has filled."""
+    def check_complete(self, expected: Mapping[str, int]) -> None:
+        """Check that the stream had all that the model consists of.
+
+        Args:
+            expected: the number of entries of each of the model's tensors, by name. Where a checkpoint has them by
+                other names, such as a mixture's experts one by one, a layer's entries are counted.
+
+        Raises:
+            ValueError: a tensor is missing; names it.
+        """
         missing = sorted(self.targets.keys() - self.loaded)
+        other_names = {name: count for name, count in self.seen.items() if name not in expected}
+        absent = {name: count for name, count in expected.items() if name not in self.seen}
+        found = _by_layer(other_names)
+        for layer, count in _by_layer(absent).items():
+            if count > found.get(layer, 0):
+                missing += [name for name in absent if _layer(name) == layer and name not in missing]
         if missing:
             some = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-            raise ValueError(f"the checkpoint lacks tensors that its mixers need: {some}; convert the model again")
+            raise ValueError(f"the checkpoint lacks tensors that the model needs: {some}; convert the model again")
 
     def _fill(self, name: str, tensor: Tensor) -> None:
         target = self.targets[name]
@@ -88,6 +106,19 @@ class HybridWeights:
             )
         target.parameter.data.copy_(part)
         self.loaded.add(name)
+
+
+def _layer(name: str) -> str:
+    """The part of a tensor's name that says its layer, or the name."""
+    found = re.match(r".*?\.\d+\.", name)
+    return found[0] if found else name
+
+
+def _by_layer(counts: Mapping[str, int]) -> dict[str, int]:
+    summed: dict[str, int] = {}
+    for name, count in counts.items():
+        summed[_layer(name)] = summed.get(_layer(name), 0) + count
+    return summed
 
 
 def without_lost_biases(
@@ -109,7 +140,7 @@ def without_lost_biases(
             path, _, module = name.removesuffix(".bias").rpartition(".")
             if f"{path}.{whole.get(module, module)}.bias" not in parameters:
                 raise ValueError(
-                    f"{name}: vLLM's model of this family has no such bias and would leave it out, so its answers would "
-                    "not be the model's; generate with transformers"
+                    f"{name}: vLLM's model of this family has no such bias and would leave it out, so its answers "
+                    "would not be the model's; generate with transformers"
                 )
         yield name, tensor

@@ -1,7 +1,8 @@
-"""vLLM's models of the hybrids: vLLM's own class of the family, with mixers in the place of some layers' attention.
+"""The hybrids' models in vLLM: its own class of the family, with mixers in the place of some layers' attention.
 
-As in `hybridize.models`, nothing of a family's modelling code is copied: `__init__` builds vLLM's model as the teacher's
-config describes it, and then replaces the attention modules of the layers whose entry in `config.mixers` is a mixer.
+As in `hybridize.models`, nothing of a family's modelling code is copied: `__init__` builds vLLM's model as the
+teacher's config describes it, and then replaces the attention modules of the layers whose entry in `config.mixers` is a
+mixer.
 """
 
 import functools
@@ -17,13 +18,14 @@ from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
 
-from hybridize.models import FAMILIES, ModelFamily, find_family
+from hybridize.models import FAMILIES, ModelFamily, find_family, hybrid_model_class
 from hybridize.serving.layers import ServedIdentity, ServedMixer
 from hybridize.serving.loading import HybridWeights, Target, without_lost_biases
 from hybridize.serving.natives import native_model
+from hybridize.serving.shards import Shard
 from hybridize.serving.states import has_state, state_page_bytes
-from hybridize.serving.windows import sink_targets, windows_in_place
-from hybridize.spec.mixers import IdentitySpec
+from hybridize.serving.windows import windows_in_place
+from hybridize.spec.mixers import AttentionSpec, SlidingWindowSpec
 
 
 class ServedHybrid:
@@ -36,21 +38,33 @@ class ServedHybrid:
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
-        with _as_the_teacher(vllm_config), windows_in_place(config, self.family, prefix):
-            super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self._targets: dict[str, Target] = sink_targets(self, config, self.family)
+        with _as_the_teacher(vllm_config), windows_in_place(config, self.family, prefix) as placed:
+            super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self._hybrid_config = config
+        # What is quantised on disk has other tensors, and experts may be left to other ranks while they are read.
+        self._is_packed = (
+            getattr(config, "quantization_config", None) is not None
+            or vllm_config.parallel_config.enable_expert_parallel
+        )
+        self._targets: dict[str, Target] = {}
+        for path, sink in placed.sinks.items():
+            self.get_submodule(path).register_parameter("sink", sink)
+            self._targets[f"{path}.sink"] = Target(sink, Shard((config.num_attention_heads,)))
         self._closed: list[str] = []
         self._elsewhere: list[str] = []
         page_bytes = state_page_bytes(vllm_config)
         for layer, spec in enumerate(config.layout.layers):
             path = self.family.attention_path(layer)
-            if not has_state(spec) and not isinstance(spec, IdentitySpec):
+            is_elsewhere = isinstance(self.get_submodule(f"{self.family.layers}.{layer}"), PPMissingLayer)
+            if isinstance(spec, SlidingWindowSpec):
+                assert is_elsewhere or path in placed.paths, f"vLLM's {self.family.model_class} takes no windows"
+            if isinstance(spec, AttentionSpec | SlidingWindowSpec):
                 continue
-            if isinstance(self.get_submodule(f"{self.family.layers}.{layer}"), PPMissingLayer):
+            if is_elsewhere:
                 self._elsewhere.append(f"{path}.")
                 continue
-            _forget(vllm_config, maybe_prefix(prefix, f"{path}."))
             self._closed.append(f"{path}.")
+            _forget(vllm_config, maybe_prefix(prefix, f"{path}."))
             module: nn.Module = ServedIdentity()
             if has_state(spec):
                 module = ServedMixer(spec, layer, vllm_config, maybe_prefix(prefix, path), page_bytes)
@@ -61,7 +75,7 @@ class ServedHybrid:
         """Load a checkpoint, each of its tensors accounted for.
 
         Raises:
-            ValueError: a tensor of a mixer is missing, unknown or of another shape.
+            ValueError: a tensor is missing, or one of a mixer is unknown or of another shape.
         """
         own = HybridWeights(
             self._targets,
@@ -75,7 +89,7 @@ class ServedHybrid:
             names = {name for name, _ in self.named_parameters()}
             rest = without_lost_biases(rest, names, getattr(self, "packed_modules_mapping", None) or {})
         loaded = super().load_weights(rest)  # type: ignore[misc]
-        own.check_complete()
+        own.check_complete({} if self._is_packed else _expected_tensors(self._hybrid_config))
         return set(loaded or ()) | own.loaded
 
     @classmethod
@@ -117,6 +131,14 @@ def teacher_config_of(config: Any) -> Any:
     return teacher_class.from_dict(fields)
 
 
+def _expected_tensors(config: Any) -> dict[str, int]:
+    """The number of entries of each tensor that a hybrid's checkpoint must have, by transformers' names."""
+    with torch.device("meta"):
+        model = hybrid_model_class(find_family(config.model_type).model_type)(config)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {name: tensor.numel() for name, tensor in model.state_dict().items() if name not in tied}
+
+
 def _forget(vllm_config: VllmConfig, prefix: str) -> None:
     """Remove what a replaced attention module has registered, so that it gets no place in the cache."""
     layers = vllm_config.compilation_config.static_forward_context
@@ -126,7 +148,7 @@ def _forget(vllm_config: VllmConfig, prefix: str) -> None:
 
 @functools.cache
 def served_model_class(model_type: str) -> Any:
-    """vLLM's model class of a family's hybrids, by the teacher's model type.
+    """The model class in vLLM of a family's hybrids, by the teacher's model type.
 
     Raises:
         ValueError: vLLM has no model of the family.

@@ -7,7 +7,7 @@ from hybridize.models import ModelFamily
 
 
 def native_model(family: ModelFamily) -> Any:
-    """vLLM's own model class of a family.
+    """The model class that vLLM has of its own for a family.
 
     Raises:
         ValueError: the installed vLLM has none; says so and what to do instead.

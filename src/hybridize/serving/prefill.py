@@ -22,38 +22,38 @@ class PrefillGroup:
     """Sequences of one step that a mixer takes together.
 
     Attributes:
-        sequences_S: which of the step's prompts they are.
+        sequences: which of the step's prompts they are.
         fresh: whether they start here; else there is one, and it goes on from its state.
         tokens: where the tokens lie among those of all prompts, if there is but one sequence.
-        slots_T: the slots of the rectangle, row by row, that hold tokens; None: one sequence.
-        tokens_T: the tokens that they hold.
-        valid_SL: where the rectangle has tokens; None: everywhere.
+        slots: the slots of the rectangle, row by row, that hold tokens; None: one sequence.
+        token_index: the tokens that they hold.
+        valid: where the rectangle has tokens; None: everywhere.
     """
 
-    sequences_S: Tensor
+    sequences: Tensor
     fresh: bool
     tokens: slice
-    slots_T: Tensor | None = None
-    tokens_T: Tensor | None = None
-    valid_SL: Tensor | None = None
+    slots: Tensor | None = None
+    token_index: Tensor | None = None
+    valid: Tensor | None = None
 
     def gather(self, hidden_TE: Tensor) -> Tensor:
         """The group's tokens as a rectangle, [S, L, E], of all prompts' tokens."""
-        if self.slots_T is None:
+        if self.slots is None:
             return hidden_TE[self.tokens].unsqueeze(0)
-        num_sequences = self.sequences_S.shape[0]
-        if self.valid_SL is None:
-            return hidden_TE[self.tokens_T].unflatten(0, (num_sequences, -1))
-        rectangle = hidden_TE.new_zeros(self.valid_SL.numel(), hidden_TE.shape[-1])
-        rectangle[self.slots_T] = hidden_TE[self.tokens_T]
+        num_sequences = self.sequences.shape[0]
+        if self.valid is None:
+            return hidden_TE[self.token_index].unflatten(0, (num_sequences, -1))
+        rectangle = hidden_TE.new_zeros(self.valid.numel(), hidden_TE.shape[-1])
+        rectangle[self.slots] = hidden_TE[self.token_index]
         return rectangle.unflatten(0, (num_sequences, -1))
 
     def scatter(self, out_SLE: Tensor, output_TE: Tensor) -> None:
         """Write a rectangle of results to where its tokens lie among those of all prompts."""
-        if self.slots_T is None:
+        if self.slots is None:
             output_TE[self.tokens] = out_SLE[0]
         else:
-            output_TE[self.tokens_T] = out_SLE.flatten(0, 1)[self.slots_T]
+            output_TE[self.token_index] = out_SLE.flatten(0, 1)[self.slots]
 
 
 def plan_prefill(lengths: Sequence[int], fresh: Sequence[bool], device: torch.device | str) -> list[PrefillGroup]:
@@ -86,17 +86,17 @@ def _divide(lengths: Sequence[int], fresh: Sequence[bool]) -> list[list[int]]:
 
 def _group(members: list[int], firsts: list[int], fresh: bool, device: torch.device | str) -> PrefillGroup:
     tokens = slice(firsts[members[0]], firsts[members[0] + 1])
-    sequences_S = torch.tensor(members, device=device)
+    sequences = torch.tensor(members, device=device)
     if len(members) == 1:
-        return PrefillGroup(sequences_S, fresh, tokens)
+        return PrefillGroup(sequences, fresh, tokens)
     lengths = [firsts[member + 1] - firsts[member] for member in members]
     longest = max(lengths)
     starts = [longest * (row + 1) - length for row, length in enumerate(lengths)]
-    slots_T = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
-    tokens_T = torch.cat([torch.arange(firsts[member], firsts[member + 1]) for member in members])
-    valid_SL = None
+    slots = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+    token_index = torch.cat([torch.arange(firsts[member], firsts[member + 1]) for member in members])
+    valid = None
     if min(lengths) < longest:
-        valid_SL = torch.zeros(len(members) * longest, dtype=torch.bool)
-        valid_SL[slots_T] = True
-        valid_SL = valid_SL.unflatten(0, (len(members), longest)).to(device)
-    return PrefillGroup(sequences_S, fresh, tokens, slots_T.to(device), tokens_T.to(device), valid_SL)
+        valid = torch.zeros(len(members) * longest, dtype=torch.bool)
+        valid[slots] = True
+        valid = valid.unflatten(0, (len(members), longest)).to(device)
+    return PrefillGroup(sequences, fresh, tokens, slots.to(device), token_index.to(device), valid)

@@ -49,5 +49,5 @@ def refused_model(name: str, problem: str) -> Any:
         raise ValueError(problem)
 
     methods = ("forward", "embed_input_ids", "compute_logits")  # by which vLLM tells models that generate text
-    body = {method: unreachable for method in methods} | {"__init__": refuse, "problem": problem}
+    body = dict.fromkeys(methods, unreachable) | {"__init__": refuse, "problem": problem}
     return type(name, (nn.Module,), body)

@@ -35,6 +35,7 @@ class Once:
 
 
 Rule = Shard | Once
+Divided = Mamba1Spec | Mamba2Spec | GatedDeltaNetSpec | KimiDeltaAttentionSpec
 
 
 def part_of_spec(spec: MixerSpec, num_ranks: int, place: str) -> MixerSpec:
@@ -48,8 +49,9 @@ def part_of_spec(spec: MixerSpec, num_ranks: int, place: str) -> MixerSpec:
     Raises:
         ValueError: the ranks do not divide the groups, or a norm spans what they would divide.
     """
-    if num_ranks == 1 or not hasattr(spec, "num_groups"):
+    if num_ranks == 1 or not isinstance(spec, Divided):
         return spec
+    assert spec.num_groups is not None, "resolve the spec first"
     if spec.num_groups % num_ranks:
         fitting = [str(size) for size in range(1, spec.num_groups + 1) if spec.num_groups % size == 0]
         raise ValueError(
@@ -96,7 +98,8 @@ def take_part(tensor: Tensor, rule: Rule | None, rank: int, num_ranks: int) -> T
 def _mamba1_rules(spec: Any) -> dict[str, Rule]:
     inner, grouped = spec.d_inner, spec.d_xb
     by_channel = ("dt_proj.weight", "dt_proj.bias", "conv1d.weight", "conv1d.bias", "A_log", "D", "gate_bias")
-    return {name: Shard((inner,)) for name in by_channel} | {
+    return {
+        **{name: Shard((inner,)) for name in by_channel},
         "in_proj.weight": Shard((inner, grouped, grouped, inner)),
         "qkv_bias": Shard((grouped, grouped, inner)),
         "out_proj.weight": Shard((inner,), dim=1),

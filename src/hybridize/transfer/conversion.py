@@ -130,7 +130,7 @@ def convert(
     Args:
         teacher: a model of any family in the table, or a hybrid of which more layers are to be replaced.
         layout: one mixer per layer; open sizes are filled in.
-        init: `aligned`, `published` or `random`; see `plan_transfer`.
+        init: what mixers start from; see `plan_transfer`.
         seed: of what is drawn. A layer's draw depends on `seed` and its number only, not on what else is
             replaced.
         share: let untouched tensors share memory with the teacher's (see `convert_model`).

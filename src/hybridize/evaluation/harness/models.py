@@ -14,9 +14,8 @@ from lm_eval.api.model import CacheHook
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
-from hybridize.data.verify import final_answer
+from hybridize.data.verify import THINKING_MARKS, THINKING_OPENS, final_answer
 
-_THINK, _THOUGHT = "<think>", "</think>"
 _METHODS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
 
 
@@ -47,13 +46,13 @@ class TransformersLM(HFLM):
     """
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:
-        """Text without special tokens other than `<think>` and `</think>`."""
+        """Text without special tokens other than the marks around thinking."""
         if not skip_special_tokens or isinstance(tokens, int):
             return super().tok_decode(tokens, skip_special_tokens)
         dropped = {
             number
             for number, token in self.tokenizer.added_tokens_decoder.items()
-            if token.special and token.content not in (_THINK, _THOUGHT)
+            if token.special and token.content not in THINKING_MARKS
         }
         return super().tok_decode([token for token in tokens if token not in dropped], skip_special_tokens=False)
 
@@ -101,13 +100,14 @@ class Watched:
     def _finals(self, requests: list[Instance], replies: list[str]) -> Iterator[str]:
         for request, reply in zip(requests, replies, strict=True):
             # Some chat templates open the thinking, so that the reply begins within it.
-            whole = _THINK + reply if request.args[0].rstrip().endswith(_THINK) else reply
+            opened = next((mark for mark in THINKING_OPENS if request.args[0].rstrip().endswith(mark)), "")
+            whole = opened + reply
             final = final_answer(whole)
             if final is None:
                 self.unfinished[str(request.task_name)] += 1
                 yield ""
             else:
-                yield final.lstrip() if _THOUGHT in whole else final
+                yield final.lstrip() if final != whole else final
 
     def _tick(self, number: int = 1) -> None:
         self._answered += number

@@ -19,9 +19,11 @@ from hybridize.ops.causal_conv.shifted import causal_conv_shifted, with_window
 
 __all__ = ["BACKENDS", "causal_conv", "causal_conv_step"]
 
+_HAS_TRITON = find_spec("triton") is not None
+
 
 def _causal_conv_triton(*args: Tensor | None, **options: Any) -> Tensor:
-    if not find_spec("triton"):
+    if not _HAS_TRITON:
         raise ValueError("backend: 'triton' needs Triton, which is not installed; use 'shifted', or None")
     from hybridize.ops.causal_conv.triton import causal_conv_triton
 
@@ -35,7 +37,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 # The backend of each device type; others, and inputs in fp64 or without Triton, take "shifted".
-_BACKEND_OF_DEVICE: dict[str, str] = {"cuda": "triton"} if find_spec("triton") else {}
+_BACKEND_OF_DEVICE: dict[str, str] = {"cuda": "triton"} if _HAS_TRITON else {}
 
 
 def causal_conv(

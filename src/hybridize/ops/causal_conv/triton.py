@@ -20,7 +20,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hybridize.ops.causal_conv.shifted import with_window
+from hybridize.ops.launch import on_its_device
 
+# Whether the kernels run on a CPU, in Triton's interpreter; settled when they are defined.
+_INTERPRETED = triton.knobs.runtime.interpret
+# Of a program's tile.
 _TOKENS, _CHANNELS = 64, 64
 
 
@@ -38,7 +42,8 @@ def _tap_valid(starts_ptr, token_T, length, BACK: tl.constexpr, HAS_STARTS: tl.c
 @triton.jit
 def _load_tap(x_ptr, token_T, valid_T, stride_t, channel_C, valid_C, BACK: tl.constexpr):
     mask_TC = valid_T[:, None] & valid_C[None, :]
-    return tl.load(x_ptr + (token_T - BACK)[:, None] * stride_t + channel_C[None, :], mask=mask_TC, other=0.0)
+    offset_TC = (token_T - BACK).to(tl.int64)[:, None] * stride_t + channel_C[None, :]
+    return tl.load(x_ptr + offset_TC, mask=mask_TC, other=0.0)
 
 
 @triton.jit
@@ -154,6 +159,7 @@ def _last_contiguous(tensor: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("hybridize::causal_conv", mutates_args=())
+@on_its_device
 def _conv(
     x_BLX: Tensor,
     weight_DK: Tensor,
@@ -189,6 +195,7 @@ def _(
 
 
 @torch.library.custom_op("hybridize::causal_conv_backward", mutates_args=())
+@on_its_device
 def _conv_backward(
     dy_BLD: Tensor,
     x_BLX: Tensor,
@@ -270,7 +277,7 @@ def causal_conv_triton(
     Raises:
         ValueError: x is in fp64, or not on a GPU (and Triton's interpreter is off).
     """
-    if not x_BLX.is_cuda and not triton.knobs.runtime.interpret:
+    if not x_BLX.is_cuda and not _INTERPRETED:
         raise ValueError(f"x_BLX: on {x_BLX.device}; the triton backend needs a GPU, use backend='shifted'")
     if x_BLX.dtype == torch.float64:
         raise ValueError("x_BLX: dtype torch.float64; the triton backend computes in fp32, use backend='shifted'")

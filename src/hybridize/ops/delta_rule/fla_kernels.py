@@ -16,6 +16,10 @@ from torch import Tensor
 # The widest heads that the kernels take.
 _MAX_WIDTH = 256
 
+# The kernels subtract sums of the decays' logarithms over a chunk, in fp32, so that one strong decay costs the others
+# their digits: 0.5% of the result at -1e4, all of it at -1e7, and NaN at -inf. A decay of e^-40 forgets as well.
+_STRONGEST = -40.0
+
 
 @cache
 def is_installed() -> bool:
@@ -83,7 +87,7 @@ def call(
     batch, length, num_heads = q_BLHK.shape[:3]
     heads_per_group = num_heads // k_BLGK.shape[2]
     k_BLHK, v_BLHV = (tensor.to(q_BLHK.dtype).repeat_interleave(heads_per_group, dim=2) for tensor in (k_BLGK, v_BLGV))
-    tensors = {"q": q_BLHK, "k": k_BLHK, "v": v_BLHV, "g": g.float(), "beta": beta_BLH.float()}
+    tensors = {"q": q_BLHK, "k": k_BLHK, "v": v_BLHV, "g": g.float().clamp(min=_STRONGEST), "beta": beta_BLH.float()}
     state = None if initial_state_BHKV is None else initial_state_BHKV.float()
     options |= {"scale": scale, "output_final_state": True}
     if starts_BL is None:

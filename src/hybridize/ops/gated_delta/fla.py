@@ -73,11 +73,12 @@ def gated_delta_rule_step_fla(
 
 @cache
 def _backward_is_refused(device: torch.device) -> bool:
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
     from triton import __version__
 
-    version = tuple(int(part) for part in __version__.split("+")[0].split(".")[:3])
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
-    return hopper and (3, 4) <= version < (3, 7, 1) and not _tilelang_takes_over()
+    version = tuple(int(part) for part in __version__.split("+")[0].split(".")[:3] if part.isdecimal())
+    return (3, 4) <= version < (3, 7, 1) and not _tilelang_takes_over()
 
 
 def _tilelang_takes_over() -> bool:

@@ -21,9 +21,11 @@ from hybridize.ops.selective_scan.step import selective_scan_step
 
 __all__ = ["BACKENDS", "selective_scan", "selective_scan_step"]
 
+_HAS_TRITON = find_spec("triton") is not None
+
 
 def _selective_scan_triton(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    if not find_spec("triton"):
+    if not _HAS_TRITON:
         raise ValueError("backend: 'triton' needs Triton, which is not installed; use 'chunked', or None")
     from hybridize.ops.selective_scan.triton import selective_scan_triton
 
@@ -37,7 +39,7 @@ BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 
 # The backend of each device type; others, and inputs in fp64 or without Triton, take "chunked".
-_BACKEND_OF_DEVICE: dict[str, str] = {"cuda": "triton"} if find_spec("triton") else {}
+_BACKEND_OF_DEVICE: dict[str, str] = {"cuda": "triton"} if _HAS_TRITON else {}
 
 
 def selective_scan(

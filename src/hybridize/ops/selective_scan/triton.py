@@ -14,21 +14,25 @@ import torch
 import triton
 from torch import Tensor
 
+from hybridize.ops.launch import on_its_device
 from hybridize.ops.selective_scan.triton_backward import scan_backward_kernel, segment_grads_kernel
 from hybridize.ops.selective_scan.triton_forward import carry_kernel, scan_kernel, segment_states_kernel
 
+# Whether the kernels run on a CPU, in Triton's interpreter; settled when they are defined.
+_INTERPRETED = triton.knobs.runtime.interpret
 # How many warps a card should have to choose from; measured on an H100 (132 multiprocessors).
 _WARPS_WANTED = 2048
-# Tokens between two kept states.
-_KEPT_EVERY = 32
+# Tokens between two kept states; a segment is at least as long.
+_KEPT_EVERY = 128
+# A segment's longest, so that offsets within it fit 32 bits.
+_LONGEST_SEGMENT = 32768
 
 
 class _Tuning(NamedTuple):
-    """What was measured to be best for 16 states: tokens of a tile, loads ahead of time, registers per thread."""
+    """What was measured to be best for 16 states: tokens of a tile, and how many tiles ahead it loads."""
 
     tokens: int
     stages: int
-    max_registers: int | None = None
 
 
 _FORWARD = _Tuning(tokens=8, stages=3)
@@ -49,7 +53,7 @@ class _Shape(NamedTuple):
     def block_numel(self) -> int:
         return self.per_block * self.lanes * self.registers
 
-    def options(self, tuning: _Tuning) -> dict[str, int | None]:
+    def options(self, tuning: _Tuning) -> dict[str, int]:
         return {
             "T": self.tokens,
             "PER_BLOCK": self.per_block,
@@ -57,7 +61,6 @@ class _Shape(NamedTuple):
             "R": self.registers,
             "STAGES": tuning.stages,
             "num_warps": self.num_warps,
-            "maxnreg": tuning.max_registers if self.num_warps == 1 else None,
         }
 
 
@@ -85,9 +88,8 @@ class _Cut(NamedTuple):
 def _cut(shape: _Shape, batch: int, length: int, programs: int) -> _Cut:
     chunk = _KEPT_EVERY // shape.tokens
     num_chunks = triton.cdiv(length, _KEPT_EVERY)
-    wanted = max(1, _WARPS_WANTED // (batch * programs * shape.num_warps))
-    # A segment of fewer than 256 tokens is not worth its carry.
-    segments = min(wanted, max(1, length // 256))
+    wanted = max(_WARPS_WANTED // (batch * programs * shape.num_warps), triton.cdiv(length, _LONGEST_SEGMENT), 1)
+    segments = min(wanted, num_chunks)
     chunks = triton.cdiv(num_chunks, segments)
     return _Cut(triton.cdiv(num_chunks, chunks), chunks * chunk, chunk, num_chunks)
 
@@ -122,6 +124,7 @@ def _strides(*tensors: Tensor | None) -> list[int]:
 
 
 @torch.library.custom_op("hybridize::selective_scan", mutates_args=())
+@on_its_device
 def _scan(
     x_BLD: Tensor,
     dt_BLD: Tensor,
@@ -210,6 +213,7 @@ def _(
 
 
 @torch.library.custom_op("hybridize::selective_scan_backward", mutates_args=())
+@on_its_device
 def _scan_backward(
     dy_BLD: Tensor,
     dfinal_BDN: Tensor | None,
@@ -363,7 +367,7 @@ def selective_scan_triton(
     Raises:
         ValueError: x is in fp64, or not on a GPU (and Triton's interpreter is off).
     """
-    if not x_BLD.is_cuda and not triton.knobs.runtime.interpret:
+    if not x_BLD.is_cuda and not _INTERPRETED:
         raise ValueError(f"x_BLD: on {x_BLD.device}; the triton backend needs a GPU, use backend='chunked'")
     if x_BLD.dtype == torch.float64:
         raise ValueError("x_BLD: dtype torch.float64; the triton backend computes in fp32, use backend='chunked'")

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybridize.ops.launch import on_its_device
 from hybridize.ops.selective_scan.triton_parts import decay_rates, sigmoid, softplus
 
 # Numbers of a program's share of the state.
@@ -60,6 +61,7 @@ def _contiguous_rows(tensor: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("hybridize::selective_scan_step", mutates_args=())
+@on_its_device
 def selective_scan_step_triton(
     state_BDN: Tensor,
     x_BD: Tensor,
