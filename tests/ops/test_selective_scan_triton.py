@@ -31,16 +31,9 @@ def _fresh_but_reported_seed(record_property: Any) -> None:
 
 
 def make_inputs(
-    batch: int = 2,
-    length: int = 63,
-    channels: int = 128,
-    states: int = 16,
-    heads: int = 8,
-    groups: int = 2,
-    documents: int = 1,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cuda",
-) -> dict[str, Tensor]:
+    batch: int = 2, length: int = 63, channels: int = 128, states: int = 16, heads: int = 8, groups: int = 2,
+    documents: int = 1, dtype: torch.dtype = torch.float32, device: str = "cuda"
+) -> dict[str, Tensor]:  # fmt: skip
     inputs = {
         "x_BLD": torch.randn(batch, length, channels),
         "dt_BLD": torch.randn(batch, length, channels) * 2 - 2,
@@ -281,7 +274,7 @@ def test_memory_kept_for_the_backward_does_not_grow_with_states() -> None:
 
 
 @gpu
-@pytest.mark.filterwarnings("ignore:TensorFloat32")
+@pytest.mark.filterwarnings("ignore")
 def test_compiled_equals_eager_with_gradients() -> None:
     inputs = make_inputs(length=300, documents=3)
     weights = weights_for(inputs)

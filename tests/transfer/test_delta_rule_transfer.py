@@ -318,7 +318,7 @@ def test_plan_reads_like_sentences() -> None:
     assert "m.q_proj.weight [48 x 24] = attn.q_proj.weight, as it lies" in lines
     assert "m.b_proj.weight [6 x 24] = set: 0, so that β is 1/2 for every token" in lines
     assert "m.o_proj.weight [24 x 48] = 2 times (attn.o_proj.weight, as it lies)" in lines
-    assert "m.conv1d.weight [80 x 1 x 4] = set: 1 at the newest tap, 0 at the others" in lines
+    assert "m.conv1d.weight [80 x 1 x 4] = set: 1 at the newest tap, 0 elsewhere" in lines
     assert lines[-1] == "6 of 6 heads pair the same slice of query, key, value and output"
     lines = str(plan_for(PLAIN, KimiDeltaAttentionSpec(), "published", source="attn", target="m")).splitlines()
     assert "m.q_proj.weight [48 x 24] = the rows of attn.q_proj.weight, heads ordered by their number mod 2" in lines

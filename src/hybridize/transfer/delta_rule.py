@@ -10,16 +10,10 @@ from dataclasses import dataclass
 from hybridize.spec import AttentionGeometry, GatedDeltaNetSpec, KimiDeltaAttentionSpec
 from hybridize.transfer.attention import AttentionTensors
 from hybridize.transfer.expressions import Blend, Constant, Expression, Fresh, Take
+from hybridize.transfer.neutral import MEMORIES, memory_lengths, newest_tap, open_silu, reorder_norm, step_bias
 from hybridize.transfer.pairing import aligned_order, check_slices, count_aligned
 
 AnySpec = GatedDeltaNetSpec | KimiDeltaAttentionSpec
-
-# Tokens after which a head has forgotten all but 1/e, of the head that forgets first and of the one that does last.
-SHORTEST_MEMORY = 16
-LONGEST_MEMORY = 4096
-
-# SiLU of this is 1.
-SILU_OPEN = 1.2784645427610738
 
 
 @dataclass(frozen=True)
@@ -118,7 +112,9 @@ def carry(spec: AnySpec, attention: AttentionTensors, order: Order, place: str) 
                 f"{spec.head_width}; set qk_norm: none, or leave head_width open"
             )
         across = spec.qk_norm == "width"
-        carried["q_norm.weight"] = _reordered(attention.q_norm, order) if across else attention.q_norm
+        carried["q_norm.weight"] = (
+            reorder_norm(attention.q_norm, order.channels, order.why) if across else attention.q_norm
+        )
         carried["k_norm.weight"] = attention.k_norm
     return carried
 
@@ -154,7 +150,7 @@ def neutral_convolution(spec: AnySpec, tap: float = 1.0) -> Constant:
     assert spec.num_groups is not None
     assert spec.head_width is not None
     channels = (spec.num_heads + 2 * spec.num_groups) * spec.head_width
-    return Constant(tap, (channels, 1, spec.conv_kernel), f"{tap:g} at the newest tap, 0 at the others", newest=True)
+    return newest_tap(channels, spec.conv_kernel, tap)
 
 
 def even_writing(spec: AnySpec, hidden_size: int) -> Constant:
@@ -168,8 +164,7 @@ def slow_decays(
 ) -> dict[str, Expression]:
     """A_log and dt_bias for decays that are the same for every token, with another memory for each query head.
 
-    Memories are log-uniform between `SHORTEST_MEMORY` and `LONGEST_MEMORY` tokens. The heads of one key/value head
-    spread over the whole range, and slices of one query head have the same.
+    Slices of one query head have the same memory.
 
     Args:
         spec: resolved.
@@ -179,19 +174,13 @@ def slow_decays(
     """
     assert spec.num_heads is not None
     assert spec.head_width is not None
-    biases: list[float] = []
-    for head in range(spec.num_heads):
-        first = head * spec.head_width
-        source = (first if order.channels is None else order.channels[first]) // geometry.head_dim
-        kv_head, member = divmod(source, geometry.group_size)
-        rank = member * geometry.num_kv_heads + kv_head
-        share = rank / (geometry.num_heads - 1) if geometry.num_heads > 1 else 0.5
-        memory = SHORTEST_MEMORY * (LONGEST_MEMORY / SHORTEST_MEMORY) ** share
-        biases += [math.log(math.expm1(1 / memory))] * channels_per_head
-    words = f"inverse softplus of 1 over memories of {SHORTEST_MEMORY}..{LONGEST_MEMORY} tokens, log-uniform over heads"
+    firsts = range(0, spec.num_heads * spec.head_width, spec.head_width)
+    channels = [first if order.channels is None else order.channels[first] for first in firsts]
+    memories = memory_lengths(geometry, [channel // geometry.head_dim for channel in channels])
+    biases = tuple(step_bias(memory) for memory in memories for _ in range(channels_per_head))
     return {
         "A_log": Constant(0.0, (spec.num_heads,), "0, a decay rate of 1 per unit of step size"),
-        "dt_bias": Constant(tuple(biases), (len(biases),), words),
+        "dt_bias": Constant(biases, (len(biases),), MEMORIES),
     }
 
 
@@ -217,7 +206,7 @@ def open_gate(spec: AnySpec, weight: str, shape: tuple[int, int], output: Take) 
     if spec.gate == "silu" and spec.gate_bias:
         return {
             weight: Constant(0.0, shape, "0, a gate that is the same for every token"),
-            "gate_bias": Constant(SILU_OPEN, (width,), f"{SILU_OPEN:.3f}, of which SiLU is 1"),
+            "gate_bias": open_silu(width),
         }
     return {}
 
@@ -236,12 +225,3 @@ def pairing_note(spec: AnySpec, geometry: AttentionGeometry, init: str) -> str:
     assert spec.head_width is not None
     count, total = count_aligned(geometry, spec.head_width, query_order(spec, geometry, init).channels)
     return f"{count} of {total} heads pair the same slice of query, key, value and output"
-
-
-def _reordered(norm: Expression, order: Order) -> Expression:
-    """A norm's factor over the whole width, with the queries' order."""
-    if isinstance(norm, Take):
-        return norm.reorder(order.channels, order.why)
-    if isinstance(norm, Blend):
-        return Blend(tuple((weight, _reordered(part, order)) for weight, part in norm.parts))
-    return norm

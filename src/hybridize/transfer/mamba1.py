@@ -8,19 +8,17 @@ mixer's own initialisation, unless the init is one that sets them (see `state_sp
 from hybridize.spec import AttentionGeometry, Mamba1Spec
 from hybridize.transfer.attention import AttentionTensors
 from hybridize.transfer.expressions import Constant, Expression, Fresh, Stack
+from hybridize.transfer.neutral import MEMORIES, memory_lengths, step_bias
 from hybridize.transfer.pairing import aligned_order, check_slices, count_aligned
 from hybridize.transfer.state_space import (
-    MEMORIES,
     Slices,
     carry_extras,
     carry_rows,
     check_width,
     fresh_extras,
     gate_rows,
-    memory_lengths,
     neutral_extras,
     slice_heads,
-    step_bias,
 )
 
 

@@ -11,19 +11,17 @@ slice of a head's values, and either the same slice of its queries and keys, or 
 from hybridize.spec import AttentionGeometry, Mamba2Spec
 from hybridize.transfer.attention import AttentionTensors
 from hybridize.transfer.expressions import Constant, Expression, Fresh, Stack
+from hybridize.transfer.neutral import MEMORIES, memory_lengths, step_bias
 from hybridize.transfer.pairing import check_slices, count_aligned
 from hybridize.transfer.state_space import (
-    MEMORIES,
     Slices,
     carry_extras,
     carry_rows,
     check_width,
     fresh_extras,
     gate_rows,
-    memory_lengths,
     neutral_extras,
     slice_heads,
-    step_bias,
 )
 
 

@@ -1,23 +1,17 @@
 """What a state space takes over from attention, whichever Mamba it is: values as x, keys as B, queries as C.
 
 A scan's heads stand for query heads, or for slices of them, each with the key/value head that the teacher pairs it
-with (see `pairing`). `neutral` and `attention_gate` also set what attention lacks: the convolution passes the newest
-token on, the skip connection is closed, and each head averages over a memory of its own, from 16 to 4096 tokens, the
-same for every token: step size 1 / memory at decay rate 1. The gate is open where it has a bias, which SiLU takes to 1.
+with (see `pairing`). `neutral` and `attention_gate` also set what attention lacks (see `neutral`): the skip connection
+is closed, the step size is 1 / memory at decay rate 1, and the gate is open where it has a bias.
 """
 
-import math
 from dataclasses import dataclass
 
 from hybridize.spec import AttentionGeometry, Mamba1Spec, Mamba2Spec
 from hybridize.transfer.attention import AttentionTensors
 from hybridize.transfer.expressions import Blend, Constant, Expression, Fresh, Stack, Take
+from hybridize.transfer.neutral import newest_tap, open_silu, reorder_norm
 from hybridize.transfer.pairing import aligned_order
-
-# silu(z) = 1.
-_OPEN = 1.2784645427610738
-
-_SHORTEST_MEMORY, _LONGEST_MEMORY = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -61,32 +55,6 @@ def slice_heads(geometry: AttentionGeometry, width: int, whole: bool = False) ->
     queries = tuple(head * head_dim + channel for head in heads for channel in range(head_dim))
     keys = tuple(head // group_size * head_dim + channel for head in heads[::group_size] for channel in range(head_dim))
     return Slices(keys, queries, out, values, heads, why)
-
-
-def memory_lengths(geometry: AttentionGeometry, heads: tuple[int, ...]) -> tuple[float, ...]:
-    """A memory in tokens for each scan head, by the query head it stands for.
-
-    Log-uniform over the query heads, so that the heads of every key/value head have short ones and long ones.
-    """
-    lengths = []
-    for head in heads:
-        kv_head, member = divmod(head, geometry.group_size)
-        rank = member * geometry.num_kv_heads + kv_head
-        share = rank / (geometry.num_heads - 1) if geometry.num_heads > 1 else 0.5
-        lengths.append(_SHORTEST_MEMORY * (_LONGEST_MEMORY / _SHORTEST_MEMORY) ** share)
-    return tuple(lengths)
-
-
-def step_bias(memory: float) -> float:
-    """What softplus takes to the step size 1 / memory."""
-    step = 1 / memory
-    return step + math.log(-math.expm1(-step))
-
-
-MEMORIES = (
-    f"inverse softplus of step sizes 1/memory, memories log-uniform in [{_SHORTEST_MEMORY}, {_LONGEST_MEMORY}] tokens "
-    "over the query heads"
-)
 
 
 def fresh_extras(spec: Mamba1Spec | Mamba2Spec) -> dict[str, Expression]:
@@ -140,8 +108,8 @@ def carry_extras(
     if spec.qk_norm != "none" and attention.q_norm is not None and attention.k_norm is not None:
         _check_norm(spec, attention.geometry, place)
         orders = (slices.C, slices.B) if spec.qk_norm == "width" else (None, None)
-        made["q_norm.weight"] = _reordered(attention.q_norm, orders[0], slices.why)
-        made["k_norm.weight"] = _reordered(attention.k_norm, orders[1], slices.why)
+        made["q_norm.weight"] = reorder_norm(attention.q_norm, orders[0], slices.why)
+        made["k_norm.weight"] = reorder_norm(attention.k_norm, orders[1], slices.why)
     made["out_proj.weight"] = Take(attention.o.source, slices.out, 1, slices.why)
     return made
 
@@ -149,11 +117,11 @@ def carry_extras(
 def neutral_extras(spec: Mamba1Spec | Mamba2Spec, conv_width: int, inner_width: int) -> dict[str, Expression]:
     """The convolution and the gate's bias of the neutral inits."""
     made: dict[str, Expression] = {
-        "conv1d.weight": Constant(1.0, (conv_width, 1, spec.conv_kernel), "1 at the newest tap, 0 elsewhere", True),
+        "conv1d.weight": newest_tap(conv_width, spec.conv_kernel),
         "conv1d.bias": Constant(0.0, (conv_width,), "0"),
     }
     if spec.gate_bias:
-        made["gate_bias"] = Constant(_OPEN, (inner_width,), f"{_OPEN:.4f}, which SiLU takes to 1")
+        made["gate_bias"] = open_silu(inner_width)
     return made
 
 
@@ -198,12 +166,3 @@ def _check_norm(spec: Mamba1Spec | Mamba2Spec, geometry: AttentionGeometry, plac
             f"{place}.qk_norm: the teacher normalises queries and keys over heads of width {geometry.head_dim}, but "
             f"the mixer's have state_size {spec.state_size}; set that to {geometry.head_dim}, or qk_norm to 'none'"
         )
-
-
-def _reordered(expression: Expression, order: tuple[int, ...] | None, why: str) -> Expression:
-    """A norm's factor with its channels in another order."""
-    if isinstance(expression, Take):
-        return expression.reorder(order, why)
-    if isinstance(expression, Blend):
-        return Blend(tuple((weight, _reordered(part, order, why)) for weight, part in expression.parts))
-    return expression  # one number for all channels
