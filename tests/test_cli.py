@@ -402,12 +402,18 @@ def test_plan_names_a_layer_out_of_range(capsys, tiny_teacher, tmp_path):
 
 def test_bench_measures_small_shapes_on_a_cpu(capsys, tmp_path):
     words = ("bench", "kernels", "--small", "--repeats", "1", "--op", "causal_conv", "--op", "distillation_loss")
-    code, text, _ = hybridize(capsys, *words, "--out", tmp_path / "kernels.json")
+    files = ("--out", tmp_path / "kernels.json", "--plot", tmp_path / "length.png")
+    code, text, _ = hybridize(capsys, *words, *files)
     assert code == 0
     assert "causal_conv" in text
+    assert (tmp_path / "length.png").read_bytes().startswith(b"\x89PNG")
     records = json.loads((tmp_path / "kernels.json").read_text())
-    assert {record["op"] for record in records} == {"causal_conv", "distillation_loss"}
-    assert all(record["forward_ms"] > 0 for record in records if "skipped" not in record)
+    measured = [record for record in records if "length" not in record]
+    assert {record["op"] for record in measured} == {"causal_conv", "distillation_loss"}
+    assert all(record["forward_ms"] > 0 for record in measured if "skipped" not in record)
+    lengths = {record["length"]: record for record in records if "length" in record}
+    assert list(lengths) == [1024, 4096, 16384]
+    assert all(0 < r["forward_ns_per_token"] < r["forward_backward_ns_per_token"] for r in lengths.values())
     code, _, error = hybridize(capsys, "bench", "kernels", "--op", "conv")
     assert code == 2
     assert "--op: 'conv' is unknown; use one of selective_scan" in error

@@ -158,7 +158,7 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _median_ms(function: Callable[[int], object], device: torch.device, repeats: int) -> float:
+def median_ms(function: Callable[[int], object], device: torch.device, repeats: int) -> float:
     """Median time of a call; the argument counts the calls.
 
     On a GPU a large buffer is overwritten before each call, which empties the cache, and gives the host time to send
@@ -190,7 +190,7 @@ def _copy_bandwidth(device: torch.device, repeats: int) -> float:
     """Bytes per second of a copy much larger than the cache, read and written ones counted."""
     source = torch.zeros(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / (1e-3 * _median_ms(lambda _: target.copy_(source), device, min(repeats, 10)))
+    return 2 * source.numel() / (1e-3 * median_ms(lambda _: target.copy_(source), device, min(repeats, 10)))
 
 
 def _exponential_rate(device: torch.device) -> float | None:
@@ -225,9 +225,9 @@ def _measure(case: _Case, device: torch.device, repeats: int) -> dict[str, float
         torch.autograd.grad(case.run(*learned), learned, grad_out)
 
     whole = forward_backward if case.has_backward else forward
-    times = {"forward_ms": _median_ms(forward, device, repeats), "forward_backward_ms": None, "peak_mib": None}
+    times = {"forward_ms": median_ms(forward, device, repeats), "forward_backward_ms": None, "peak_mib": None}
     if case.has_backward:
-        times["forward_backward_ms"] = _median_ms(forward_backward, device, repeats)
+        times["forward_backward_ms"] = median_ms(forward_backward, device, repeats)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -245,7 +245,7 @@ def _bytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
-def _scan_inputs(
+def scan_inputs(
     shape: KernelShape, device: torch.device, dtype: torch.dtype, generator: torch.Generator, length: int
 ) -> tuple[Tensor, ...]:
     """Return x, dt, A, B, C, D, dt bias and z as a trained mixer has them: decays slow and fast, steps 1e-3 to 0.1."""
@@ -273,7 +273,7 @@ def _scan(backend: str) -> _Builder:
         # Plain torch is not worth its minutes where there is a kernel.
         if backend != scan_door._BACKEND_OF_DEVICE.get(device.type, "chunked"):
             return None
-        inputs = _scan_inputs(shape, device, dtype, generator, shape.length)
+        inputs = scan_inputs(shape, device, dtype, generator, shape.length)
 
         def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, z: Tensor) -> Tensor:
             return selective_scan(x, dt, A, B, C, D_D=D, dt_bias_D=bias, z_BLD=z, backend=backend)[0]
@@ -293,7 +293,7 @@ def _scan_mamba_ssm(
         function = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
     except ImportError:
         return None
-    x, dt, A, B, C, D, bias, z = _scan_inputs(shape, device, dtype, generator, shape.length)
+    x, dt, A, B, C, D, bias, z = scan_inputs(shape, device, dtype, generator, shape.length)
     B = B.repeat_interleave(shape.heads // shape.groups, dim=2)
     x, dt, z = (tensor.transpose(1, 2).contiguous() for tensor in (x, dt, z))
     B, C = (tensor.permute(0, 2, 3, 1).contiguous() for tensor in (B, C))
@@ -309,7 +309,7 @@ def _step(shape: KernelShape, device: torch.device, dtype: torch.dtype, generato
     num_sequences = max(1, shape.batch * shape.length // 128)
     few = KernelShape(num_sequences, 1, shape.channels, shape.states, shape.heads, shape.groups, shape.taps)
 
-    x, dt, A, B, C, D, bias, z = _scan_inputs(few, device, dtype, generator, 1)
+    x, dt, A, B, C, D, bias, z = scan_inputs(few, device, dtype, generator, 1)
     state = torch.randn(num_sequences, few.channels, few.states, device=device, generator=generator)
     inputs = (state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, bias, z[:, 0])
 

@@ -8,8 +8,8 @@ import typer
 bench = typer.Typer(name="bench", help="Measure kernels beside rivals and the hardware's floor.", no_args_is_help=True)
 
 _LOSS = "distillation_loss"
-_SMALL = {"channels": 256, "states": 16, "heads": 16, "groups": 8, "length": 1024}
-_SMALL_LOSS = {"num_tokens": 512, "width": 256, "vocabulary": 4096}
+_SMALL: dict[str, Any] = {"channels": 256, "states": 16, "heads": 16, "groups": 8, "length": 1024}
+_SMALL_LOSS: dict[str, Any] = {"num_tokens": 512, "width": 256, "vocabulary": 4096}
 
 
 @bench.command()
@@ -18,6 +18,10 @@ def kernels(
     op: Annotated[
         list[str] | None,
         typer.Option(help="selective_scan, selective_scan_step, causal_conv or distillation_loss; by default all."),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="A PNG: measure the scan from 1k to 256k tokens as well, and draw what a token costs."),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Runs of which the median counts.")] = 30,
     small: Annotated[bool, typer.Option(help="Small shapes instead of the paper's; always on a CPU.")] = False,
@@ -28,14 +32,16 @@ def kernels(
     import torch
 
     from hybridize.bench.kernels import DEFAULT_SHAPES, KERNEL_OPS, KernelShape, kernels_table, measure_kernels
+    from hybridize.bench.lengths import LENGTHS, measure_lengths
     from hybridize.bench.loss import loss_table, measure_loss
     from hybridize.cli.options import check_new_file
     from hybridize.files import write_whole
     from hybridize.spec.base import choose
 
     names = [choose("--op", name, [*KERNEL_OPS, _LOSS]) for name in op or [*KERNEL_OPS, _LOSS]]
-    if out is not None:
-        check_new_file(out)
+    for file in (out, plot):
+        if file is not None:
+            check_new_file(file)
     small = small or not torch.cuda.is_available()
     shapes = (KernelShape(batch=1, **_SMALL), KernelShape(batch=4, **_SMALL)) if small else DEFAULT_SHAPES
     records: list[dict[str, Any]] = []
@@ -47,5 +53,11 @@ def kernels(
         losses = measure_loss(repeats=max(1, repeats // 6), **(_SMALL_LOSS if small else {}))
         typer.echo(loss_table(losses))
         records += losses
+    if plot is not None:
+        from hybridize.report.plots import length_chart
+
+        lengths = measure_lengths(lengths=LENGTHS[:3] if small else LENGTHS, shape=shapes[0], repeats=repeats)
+        write_whole(plot, length_chart(lengths))
+        records += lengths
     if out is not None:
         write_whole(out, json.dumps(records, indent=1))

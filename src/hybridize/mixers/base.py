@@ -15,7 +15,7 @@ class MixerState(NamedTuple):
 
     Attributes:
         conv: the last K inputs of the convolution, [B, D, K], oldest first, zero where there were none.
-        ssm: the recurrence's state, [B, D, N], fp32.
+        ssm: the recurrence's state, fp32: [B, D, N], or with heads [B, H, P, N] (Mamba-2) or [B, H, K, V] (delta rule).
     """
 
     conv: Tensor

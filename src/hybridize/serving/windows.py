@@ -11,6 +11,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import maybe_prefix
 
 from hybridize.models import ModelFamily
+from hybridize.models.window import window_of
 from hybridize.spec.mixers import SlidingWindowSpec
 
 
@@ -29,7 +30,10 @@ class PlacedWindows:
 
 @contextmanager
 def windows_in_place(config: Any, family: ModelFamily, prefix: str) -> Iterator[PlacedWindows]:
-    """While vLLM builds a model, give the attention of its `sliding_window` layers their windows and sinks.
+    """While vLLM builds a model, give its attention layers the windows and sinks that the hybrid's config says.
+
+    Those of attention that the teacher had are given only where vLLM's code of the family leaves it to its cache's one
+    setting for all layers, as for Mistral: a hybrid's layers are not all alike, and then there is no such setting.
 
     vLLM's attention is told of its window when it is made, deep inside a family's code, and can be told then only. So
     it is met there, by the layer's name, for as long as one model is built. Where vLLM has no attention with sinks for
@@ -38,27 +42,24 @@ def windows_in_place(config: Any, family: ModelFamily, prefix: str) -> Iterator[
     Yields:
         What has been given so far.
     """
-    windows = {
-        maybe_prefix(prefix, f"{family.attention_path(layer)}."): (family.attention_path(layer), spec)
+    layers = {
+        maybe_prefix(prefix, f"{family.attention_path(layer)}."): (layer, spec)
         for layer, spec in enumerate(config.layout.layers)
-        if isinstance(spec, SlidingWindowSpec)
     }
     placed = PlacedWindows()
-    if not windows:
-        yield placed
-        return
     original = Attention.__init__
 
     def init(self: Any, num_heads: int, *args: Any, **kwargs: Any) -> None:
-        for start, (path, spec) in windows.items():
-            if kwargs.get("prefix", "").startswith(start):
-                cache_config = kwargs.get("cache_config")
-                own = kwargs.get("per_layer_sliding_window") or getattr(cache_config, "sliding_window", None)
-                kwargs["per_layer_sliding_window"] = min(spec.window, own or spec.window)
+        name = kwargs.get("prefix", "")
+        for layer, spec in (entry for start, entry in layers.items() if name.startswith(start)):
+            is_window, path = isinstance(spec, SlidingWindowSpec), family.attention_path(layer)
+            if is_window or kwargs.get("per_layer_sliding_window") is None:
+                kwargs["per_layer_sliding_window"] = window_of(spec, config, layer)
+            if is_window:
                 placed.paths.add(path)
-                if spec.sink:
-                    placed.sinks[path] = nn.Parameter(torch.zeros(num_heads), requires_grad=False)
-                    kwargs["sinks"] = placed.sinks[path]
+            if is_window and spec.sink:
+                placed.sinks[path] = nn.Parameter(torch.zeros(num_heads), requires_grad=False)
+                kwargs["sinks"] = placed.sinks[path]
         original(self, num_heads, *args, **kwargs)
 
     Attention.__init__ = init

@@ -9,12 +9,14 @@ from hybridize.report.plots.bars import score_chart, task_chart, throughput_char
 from hybridize.report.plots.curves import loss_chart, memory_chart
 from hybridize.report.plots.frontier import frontier_chart
 from hybridize.report.plots.importance import importance_chart, layer_strips
+from hybridize.report.plots.lengths import length_chart
 from hybridize.report.plots.slope import slope_chart
 
 __all__ = [
     "frontier_chart",
     "importance_chart",
     "layer_strips",
+    "length_chart",
     "loss_chart",
     "memory_chart",
     "score_chart",
