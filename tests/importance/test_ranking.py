@@ -112,6 +112,14 @@ def test_attention_is_no_mixer_to_swap_in(tmp_path):
         rank_layers(teacher, teacher, (), (), rank_stage(mixer=AttentionSpec()), state_dir=tmp_path)
 
 
+@pytest.mark.parametrize("method", ["mmr", "kl"])
+@pytest.mark.parametrize("mixer", [IdentitySpec(), SlidingWindowSpec(window=4)])
+def test_what_has_nothing_to_train_is_not_swapped_in_for_training(tmp_path, method, mixer):
+    teacher = build_teacher()
+    with pytest.raises(ValueError, match=f"mixer: {method} trains what it swaps in, and {mixer.type} has nothing new"):
+        rank_layers(teacher, teacher, (), (), rank_stage(method=method, mixer=mixer), state_dir=tmp_path)
+
+
 def test_a_file_gives_back_what_was_written(tmp_path):
     ranking = ranking_of()
     path = save_ranking(ranking, tmp_path / "deep" / "ranking.json")

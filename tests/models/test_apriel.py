@@ -20,8 +20,8 @@ from apriel_format import (
     write_checkpoint,
 )
 
-from hybridize.models import convert_model, geometry_of, layout_of, load_model, save_hybrid
-from hybridize.models.apriel import conversion, export_apriel, import_apriel, tensors
+from hybridize.models import convert_model, geometry_of, layout_of, load_model, save_hybrid, stored
+from hybridize.models.apriel import conversion, export_apriel, import_apriel
 from hybridize.spec import AttentionSpec, GatedDeltaNetSpec, LayoutSpec, Mamba1Spec, SlidingWindowSpec
 
 PLAIN = Mamba1Spec(state_size=4)
@@ -53,7 +53,7 @@ def save_made_hybrid(folder, make_teacher, layers, family="mistral", **changes):
 )
 def test_imported_checkpoint_computes_the_published_formula(tmp_path, blocks, fused, num_files):
     source = write_checkpoint(tmp_path / "source", blocks, fused=fused, num_files=num_files)
-    report = import_apriel(source, tmp_path / "out", max_shard_size="20KB" if num_files > 1 else "5GB")
+    report = import_apriel(source, tmp_path / "out", max_shard_bytes=20_000 if num_files > 1 else 5_000_000_000)
     assert report["layout"] == "".join({"t": "a", "m2": "m", "i": "i"}[block] for block in blocks)
     assert (report["num_shards"] > 1) == (num_files > 1)
     expected = published_logits(source, draw_tokens())
@@ -350,7 +350,7 @@ def test_no_more_than_a_shard_is_read_at_a_time(tmp_path, monkeypatch):
     """Between two files written, no more bytes are read than a file may have."""
     source = write_checkpoint(tmp_path / "source", ["t", "m2", "t"])
     events = []
-    read, save = tensors.StoredTensors.read, tensors.save_file
+    read, save = stored.StoredTensors.copy, stored.save_file
 
     def spy_read(self, *arguments):
         events.append((tensor := read(self, *arguments)).nbytes)
@@ -360,11 +360,11 @@ def test_no_more_than_a_shard_is_read_at_a_time(tmp_path, monkeypatch):
         events.append("saved")
         return save(*arguments, **options)
 
-    monkeypatch.setattr(tensors.StoredTensors, "read", spy_read)
-    monkeypatch.setattr(tensors, "save_file", spy_save)
+    monkeypatch.setattr(stored.StoredTensors, "copy", spy_read)
+    monkeypatch.setattr(stored, "save_file", spy_save)
     done = []
     report = import_apriel(
-        source, tmp_path / "out", max_shard_size=20_000, on_progress=lambda *counts: done.append(counts)
+        source, tmp_path / "out", max_shard_bytes=20_000, on_progress=lambda *counts: done.append(counts)
     )
     total = 0
     for event in events:

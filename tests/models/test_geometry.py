@@ -1,7 +1,7 @@
 import pytest
-from tiny_families import build_teacher
 
 from hybridize.models import FAMILIES, attention_module, geometry_of
+from tiny_families import build_teacher
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -4,12 +4,12 @@ import json
 import subprocess
 import sys
 
-import tiny_families
 from serving_examples import LETTERS, answers, draw_prompts, needs_vllm, run_jobs
-from tiny_families import FULL
 
+import tiny_families
 from hybridize.models import FAMILIES, convert_model, save_hybrid
 from hybridize.spec import LayoutSpec
+from tiny_families import FULL
 
 # Mixtures come first: vLLM makes their process groups with a process's first engine only.
 SERVED = (
@@ -21,7 +21,6 @@ WORD = "mSsa"
 CHANGES = {
     "qwen2": {"use_sliding_window": False},
     "qwen3": {"use_sliding_window": False, "attention_bias": False},
-    "ministral3": {"rope_parameters": tiny_families.YARN | {"llama_4_scaling_beta": 0.1, "factor": 1.0}},
     "cohere2": {"layer_types": [FULL] * 4},
 }
 

@@ -102,8 +102,8 @@ def rank_layers(
         The ranking, with both controls.
 
     Raises:
-        ValueError: no layer is attention, the mixer is attention or not to be trained, the batches do not fit the stage, or a judge or the
-            file of scores is missing or unsound.
+        ValueError: no layer is attention, the mixer is attention or has nothing to train, the batches do not fit the
+            stage, or a judge or the file of scores is missing or unsound.
         StoppedError: a layer's loss is not finite.
     """
     from hybridize.models import geometry_of, layout_of
@@ -112,8 +112,8 @@ def rank_layers(
         raise ValueError("mixer: ranking swaps attention for another mixer, not for attention; use mamba1")
     if stage.method in ("mmr", "kl") and not isinstance(stage.mixer, CarriesAttention):
         raise ValueError(
-            f"mixer: {stage.method} trains what it swaps in, and {stage.mixer.type} has nothing new to train; use a mixer "
-            "with a state, or method window or loo"
+            f"mixer: {stage.method} trains what it swaps in, and {stage.mixer.type} has nothing new to train; use a "
+            "mixer with a state, or method window or loo"
         )
     layout = layout_of(model.config)
     layers = tuple(i for i, mixer in enumerate(layout.layers) if isinstance(mixer, AttentionSpec))

@@ -6,10 +6,10 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from hybridize.merging.tensors import StoredTensors
 from hybridize.models import find_family, hybrid_config_class, layout_of
 from hybridize.models.checkpoint import read_model_type
 from hybridize.models.families import HYBRID_PREFIX
+from hybridize.models.stored import StoredTensors
 from hybridize.spec import MixerSpec
 
 # What may differ: it says nothing about what a weight means, or it is compared by other means.

@@ -2,8 +2,6 @@
 
 import math
 import re
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,30 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hybridize.merging.layouts import check_same_configs, check_same_tensors
 from hybridize.merging.methods import METHODS, Method, chunks, wide
-from hybridize.merging.tensors import Shard, StoredTensors, plan_shards, write_index
 from hybridize.models import check_output
+from hybridize.models.stored import StoredTensors, copy_companions, make_folder, write_tensors
 from hybridize.spec.base import choose
 
-# What makes a folder of weights a checkpoint; a stage's manifest, logs and plots are not copied.
-_COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
@@ -93,7 +75,7 @@ def merge(
     def work(folder: Path) -> dict[str, Any]:
         return _write(folder, models, recipe, shares, density, max_shard_bytes, on_progress)
 
-    stats = _fill(out, work) if into else _make(out, work)
+    stats = _fill(out, work) if into else make_folder(out, work)
     return {"method": method, "weights": list(shares), **stats, "seconds": time.perf_counter() - started}
 
 
@@ -134,20 +116,6 @@ def _check_out(out: Path, inputs: Sequence[Path], into: bool) -> None:
         raise ValueError(f"{out}: it is one of the models to merge; give another folder")
 
 
-def _make(out: Path, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Work in a hidden sibling, then rename it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        stats = work(partial)
-        partial.replace(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return stats
-
-
 def _fill(out: Path, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Work in a folder as it is, but for weights that a killed call has left."""
     for file in out.iterdir():
@@ -166,33 +134,16 @@ def _write(
     on_progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     first = models[0]
-    sizes = {}
-    for name in first.shapes:
-        with first.read(name) as tensor:
-            sizes[name] = tensor.nbytes
-    shards = plan_shards(sizes, max_shard_bytes)
-    counts: Counter[str] = Counter()
-    done = 0
-    for shard in shards:
-        tensors: dict[str, Tensor] = {}
-        for name in shard.names:
-            tensors[name], counted = _merge_tensor(name, models, recipe, shares, density)
-            counts.update(counted)
-            done += 1
-            if on_progress:
-                on_progress(done, len(sizes))
-        save_file(tensors, folder / shard.file, metadata={"format": "pt"})
-        del tensors
-    num_parameters = sum(math.prod(shape) for shape in first.shapes.values())
-    _finish(folder, first.folder, shards, sum(sizes.values()), num_parameters)
-    return {
-        "num_tensors": len(sizes),
-        "num_parameters": num_parameters,
-        "num_bytes": sum(sizes.values()),
-        "num_shards": len(shards),
-        "num_identical": 0,
-        **counts,
-    }
+    counted: Counter[str] = Counter()
+
+    def make(name: str) -> Tensor:
+        tensor, counts = _merge_tensor(name, models, recipe, shares, density)
+        counted.update(counts)
+        return tensor
+
+    written = write_tensors(folder, first.metas, make, max_shard_bytes, on_progress)
+    copy_companions(first.folder, folder, "config.json")
+    return {**written, "num_identical": 0, **counted}
 
 
 def _merge_tensor(
@@ -226,15 +177,3 @@ def _check_mergeable(place: str, tensor_N: Tensor) -> None:
         )
     if not all(bool(torch.isfinite(tensor_N[part]).all()) for part in chunks(tensor_N.numel())):
         raise ValueError(f"{place}: it holds NaN or infinity; train that model again, or leave it out")
-
-
-def _finish(folder: Path, source: Path, shards: list[Shard], num_bytes: int, num_parameters: int) -> None:
-    """Write the index, and copy what makes the folder a checkpoint."""
-    if len(shards) > 1:
-        write_index(folder, shards, num_bytes, num_parameters)
-    for pattern in _COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                target = folder / file.relative_to(source)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, target)

@@ -128,7 +128,14 @@ def teacher_config_of(config: Any) -> Any:
         fields.pop(name, None)
     if "layer_types" in teacher_class.__dataclass_fields__:
         fields["layer_types"] = list(config.attention_types)
-    return teacher_class.from_dict(fields)
+    teacher = teacher_class.from_dict(fields)
+    rope = getattr(teacher, "rope_parameters", None) or {}
+    if rope.get("llama_4_scaling_beta") is not None:  # Ministral 3's scale of queries, which vLLM looks for elsewhere
+        teacher.llama_4_scaling = {
+            "beta": rope["llama_4_scaling_beta"],
+            "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        }
+    return teacher
 
 
 def _expected_tensors(config: Any) -> dict[str, int]:

@@ -1,42 +1,24 @@
 """Both ways, from a folder to a folder."""
 
 import json
-import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hybridize.files import write_whole
 from hybridize.models.apriel.configs import MODEL_TYPE, OLDER_MODEL_TYPES, apriel_fields, hybrid_config
-from hybridize.models.apriel.tensors import StoredTensors, plan_export, plan_import, write_tensors
+from hybridize.models.apriel.tensors import Piece, plan_export, plan_import
 from hybridize.models.checkpoint import check_output, read_model_type
 from hybridize.models.configs import hybrid_config_class
 from hybridize.models.families import find_family
-
-# What goes along as it lies. Modelling code does not: it is for one of the two formats only.
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
-
-Progress = Callable[[int, int], None]
+from hybridize.models.stored import Progress, StoredTensors, copy_companions, make_folder, write_tensors
 
 
 def import_apriel(
     source_dir: str | Path,
     target_dir: str | Path,
     *,
-    max_shard_size: str | int = "5GB",
+    max_shard_bytes: int = 5_000_000_000,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Make a hybrid's folder of a released Apriel-H1 checkpoint's (arXiv 2511.02651).
@@ -47,12 +29,12 @@ def import_apriel(
     Args:
         source_dir: folder of the checkpoint: config.json and safetensors, in one file or many.
         target_dir: the folder to make. It must not exist, or be empty, and appears whole or not at all.
-        max_shard_size: of a safetensors file, e.g. `5GB`; also about what is held in memory.
+        max_shard_bytes: of a safetensors file; also about what is held in memory.
         on_progress: called with (tensors done, all tensors).
 
     Returns:
         `layout`, as one word; `lacking`, the fields which config.json leaves to Mistral's defaults though no tensor
-        could contradict a wrong one, with their values; `num_tensors`, `num_bytes`, `num_shards`.
+        could contradict a wrong one, with their values; `num_tensors`, `num_parameters`, `num_bytes`, `num_shards`.
 
     Raises:
         ValueError: the folder holds no such checkpoint, a kind of layer has no counterpart, a key or a tensor is
@@ -72,18 +54,18 @@ def import_apriel(
     config, lacking = hybrid_config(json.loads(file.read_text(encoding="utf-8")), stored.shapes, str(file))
     plan = plan_import(stored, config)
 
-    def work(folder: Path) -> dict[str, int]:
+    def work(folder: Path) -> dict[str, Any]:
         config.save_pretrained(folder)
-        return write_tensors(folder, stored, plan, max_shard_size, on_progress)
+        return _written(source, folder, stored, plan, max_shard_bytes, on_progress)
 
-    return {"layout": str(config.layout), "lacking": lacking, **_make(source, target, work)}
+    return {"layout": str(config.layout), "lacking": lacking, **make_folder(target, work)}
 
 
 def export_apriel(
     source_dir: str | Path,
     target_dir: str | Path,
     *,
-    max_shard_size: str | int = "5GB",
+    max_shard_bytes: int = 5_000_000_000,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Make a checkpoint in Apriel-H1's format of a hybrid's folder: the reverse of `import_apriel`.
@@ -96,11 +78,12 @@ def export_apriel(
             queries and keys and without biases on gate, projections and output; or identities of attention and MLP
             alike.
         target_dir: as in `import_apriel`.
-        max_shard_size: as in `import_apriel`.
+        max_shard_bytes: as in `import_apriel`.
         on_progress: as in `import_apriel`.
 
     Returns:
-        `layout`, as one word; `num_halved`, how many biases were halved; `num_tensors`, `num_bytes`, `num_shards`.
+        `layout`, as one word; `num_halved`, how many biases were halved; `num_tensors`, `num_parameters`,
+        `num_bytes`, `num_shards`.
 
     Raises:
         ValueError: the folder holds no such hybrid (names the layer and what prevents it), a tensor is missing or
@@ -120,29 +103,24 @@ def export_apriel(
     stored = StoredTensors(source)
     plan = plan_export(stored, config, str(file))
 
-    def work(folder: Path) -> dict[str, int]:
+    def work(folder: Path) -> dict[str, Any]:
         write_whole(folder / "config.json", json.dumps(fields, indent=2, sort_keys=True) + "\n")
-        return write_tensors(folder, stored, plan, max_shard_size, on_progress)
+        return _written(source, folder, stored, plan, max_shard_bytes, on_progress)
 
     num_halved = sum(piece.halved for piece in plan.values())
-    return {"layout": str(config.layout), "num_halved": num_halved, **_make(source, target, work)}
+    return {"layout": str(config.layout), "num_halved": num_halved, **make_folder(target, work)}
 
 
-def _make(source: Path, target: Path, work: Callable[[Path], dict[str, int]]) -> dict[str, int]:
-    """Work in a hidden sibling of the target, copy what goes along, then rename it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        partial.chmod(0o755)  # mkdtemp's folders are private
-        counts = work(partial)
-        for pattern in _COMPANIONS:
-            for file in sorted(source.glob(pattern)):
-                if file.is_file():
-                    copy = partial / file.relative_to(source)
-                    copy.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(file, copy)
-        partial.replace(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+def _written(
+    source: Path,
+    folder: Path,
+    stored: StoredTensors,
+    plan: Mapping[str, Piece],
+    max_shard_bytes: int,
+    on_progress: Progress | None,
+) -> dict[str, Any]:
+    """Write the planned tensors, and what goes along with them."""
+    metas = {name: piece.meta for name, piece in plan.items()}
+    counts = write_tensors(folder, metas, lambda name: plan[name].make(stored), max_shard_bytes, on_progress)
+    copy_companions(source, folder)
     return counts

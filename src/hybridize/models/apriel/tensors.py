@@ -1,66 +1,19 @@
-"""The tensors of an Apriel-H1 checkpoint and a hybrid's: a plan that accounts for each, and shards written by it."""
+"""The tensors of an Apriel-H1 checkpoint and a hybrid's: a plan that accounts for each."""
 
-import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from hybridize.files import write_whole
 from hybridize.models.apriel.configs import Shapes, is_fused
-from hybridize.models.checkpoint import check_files, weight_files
 from hybridize.models.hybrid import hybrid_model_class
+from hybridize.models.stored import StoredTensors
 from hybridize.spec import IdentitySpec, Mamba1Spec
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
-
-
-class StoredTensors:
-    """The tensors of a folder's safetensors files, read one at a time.
-
-    Attributes:
-        folder: where they are.
-        metas: a tensor without data for each, by name: its shape and dtype.
-
-    Raises:
-        ValueError: a file is missing or damaged; names it and the remedy.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        check_files(folder)
-        self.folder = folder
-        self.metas: dict[str, Tensor] = {}
-        self._files: dict[str, Path] = {}
-        for file in weight_files(folder):
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-                    if name in self._files:
-                        raise ValueError(
-                            f"{file}: tensor {name} is in {self._files[name].name} as well; fetch the checkpoint again"
-                        )
-                    self.metas[name] = opened.get_tensor(name).to("meta")
-                    self._files[name] = file
-
-    @property
-    def shapes(self) -> Shapes:
-        """The shape of every tensor, by name."""
-        return {name: tuple(meta.shape) for name, meta in self.metas.items()}
-
-    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """A copy of a tensor, or of its rows from the first to before the second.
-
-        The file is opened anew: its mapped pages count as the process's memory until it is closed.
-        """
-        with safe_open(self._files[name], framework="pt") as opened:
-            tensor: Tensor = opened.get_tensor(name) if rows is None else opened.get_slice(name)[slice(*rows)]
-            return tensor.clone()
 
 
 @dataclass(frozen=True)
@@ -89,7 +42,7 @@ class Piece:
         """
         if self.source is None:
             return torch.full_like(self.meta, self.value, device="cpu")
-        tensor = stored.read(self.source, self.rows)
+        tensor = stored.copy(self.source, self.rows)
         if not self.halved:
             return tensor
         half = tensor / 2
@@ -163,7 +116,7 @@ def plan_export(stored: StoredTensors, config: Any, place: str) -> dict[str, Pie
         layer, rest = _layer_of(name)
         spec = None if layer is None else layers[layer]
         if isinstance(spec, IdentitySpec):
-            if rest == "mlp.down_proj.weight" and bool(stored.read(name).any()):
+            if rest == "mlp.down_proj.weight" and bool(stored.copy(name).any()):
                 raise ValueError(
                     f"{place}: mixers[{layer}]: the layer's attention is an identity but its MLP is not, while "
                     "Apriel-H1 leaves out both or none; export a hybrid without such layers"
@@ -172,48 +125,6 @@ def plan_export(stored: StoredTensors, config: Any, place: str) -> dict[str, Pie
         halved = isinstance(spec, Mamba1Spec) and spec.dt_bias_mode == "single" and rest.endswith("dt_proj.bias")
         plan[_published_name(name)] = Piece(stored.metas[name], name, halved=halved)
     return plan
-
-
-def write_tensors(
-    folder: Path,
-    stored: StoredTensors,
-    plan: Mapping[str, Piece],
-    max_shard_size: str | int,
-    on_progress: Callable[[int, int], None] | None,
-) -> dict[str, int]:
-    """Write planned tensors as safetensors, holding one file's at a time.
-
-    Args:
-        folder: to write into.
-        stored: where they come from.
-        plan: what they are made of, by name.
-        max_shard_size: of a file, e.g. `5GB`.
-        on_progress: called with (tensors done, all tensors).
-
-    Returns:
-        `num_tensors`, `num_bytes` and `num_shards`.
-    """
-    shards = split_torch_state_dict_into_shards(
-        {name: piece.meta for name, piece in plan.items()}, max_shard_size=max_shard_size
-    )
-    done = 0
-    for file, names in shards.filename_to_tensors.items():
-        tensors = {}
-        for name in names:
-            tensors[name] = plan[name].make(stored)
-            done += 1
-            if on_progress:
-                on_progress(done, len(plan))
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        del tensors
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": dict(sorted(shards.tensor_to_filename.items()))}
-        write_whole(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-    return {
-        "num_tensors": len(plan),
-        "num_bytes": sum(piece.meta.nbytes for piece in plan.values()),
-        "num_shards": len(shards.filename_to_tensors),
-    }
 
 
 def _hybrid_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]], set[str]]:
