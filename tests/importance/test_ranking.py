@@ -20,7 +20,7 @@ from hybridize.importance import (
     rank_layers,
     save_ranking,
 )
-from hybridize.spec import AttentionSpec, LayoutSpec, Mamba1Spec
+from hybridize.spec import AttentionSpec, IdentitySpec, LayoutSpec, Mamba1Spec, SlidingWindowSpec
 from hybridize.spec.stages import RankStage
 from hybridize.transfer import convert
 from tiny_families import NUM_LAYERS

@@ -1,6 +1,7 @@
 """Hybrids in vLLM on the CPU: token for token what transformers generates, in whatever company and however cut up."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -119,3 +120,13 @@ def test_other_releases_of_vllm_are_refused(make_served, tmp_path):
     job = {"model": make_served("aama"), "calls": []}
     (result,) = run_jobs([job], tmp_path, PYTHONPATH=str(site))
     assert "hybrids are served by 0.1 to 0.2 only" in result["error"]
+
+
+@needs_vllm
+def test_a_page_too_small_for_the_state_is_refused():
+    from hybridize.serving.layers import ServedMixer
+
+    layer = SimpleNamespace(page_bytes=4096)
+    small = SimpleNamespace(cache_config=SimpleNamespace(mamba_page_size_padded=1024))
+    with pytest.raises(ValueError, match=r"1024 bytes, .* takes 4096; leave --block-size"):
+        ServedMixer.get_kv_cache_spec(layer, small)
