@@ -115,7 +115,7 @@ def _mamba2(spec: Mamba2Spec, hidden: int) -> int:
     inner, x = spec.num_heads * spec.head_width, spec.num_groups * spec.head_width
     b, c = spec.num_groups * spec.state_size, spec.num_heads * spec.state_size
     projections = hidden * (2 * inner + x + b + c + spec.num_heads)
-    scan = (x + b + c) * (spec.conv_kernel + 1) + 3 * spec.num_heads + spec.gate_norm * spec.head_width
+    scan = (x + b + c) * (spec.conv_kernel + 1) + 3 * spec.num_heads + spec.gate_norm * inner
     return projections + scan + _carried(spec, c, b, inner, spec.state_size, hidden, x)
 
 
