@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from hybridize.bench import kernels
-from hybridize.bench.kernels import KERNEL_OPS, KernelShape, kernels_table, measure_kernels
+from hybridize.bench.cases import Case, KernelShape
+from hybridize.bench.kernels import KERNEL_OPS, kernels_table, measure_kernels
 
-SMALL = KernelShape(batch=2, length=64, channels=16, states=4, heads=4, groups=2, taps=3)
+SMALL = KernelShape(batch=2, length=64, channels=16, states=4, heads=4, groups=2, taps=3, head_dim=4)
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,13 @@ def test_records_cover_what_a_cpu_has(records: list[dict[str, Any]]) -> None:
         ("selective_scan", "chunked"),
         ("selective_scan_step", "default"),
         ("causal_conv", "shifted"),
+        ("attention", "torch"),
+        ("ssd", "chunked"),
+        ("ssd_step", "default"),
+        ("gated_delta_rule", "chunked"),
+        ("gated_delta_rule_step", "default"),
+        ("kimi_delta_attention", "chunked"),
+        ("kimi_delta_attention_step", "default"),
     ]
     for record in records:
         assert record["forward_ms"] > 0
@@ -44,7 +52,7 @@ def test_table_has_a_row_per_record(records: list[dict[str, Any]]) -> None:
 
 
 def test_floor_is_the_slower_of_bytes_and_exponentials() -> None:
-    case = kernels._Case(torch.neg, (), read_bytes=600, written_bytes=400, exponentials=50)
+    case = Case(torch.neg, (), read_bytes=600, written_bytes=400, exponentials=50)
     assert kernels._floors(case, 1e6, 1e6) == {"floor_ms": pytest.approx(1.0), "floor_backward_ms": pytest.approx(2.6)}
     assert kernels._floors(case, 1e9, 1e3) == {"floor_ms": pytest.approx(50), "floor_backward_ms": pytest.approx(100)}
     assert kernels._floors(case, 1e6, None) == {"floor_ms": pytest.approx(1.0), "floor_backward_ms": pytest.approx(2.6)}

@@ -15,7 +15,8 @@ RECURRENT = ("mamba1", "mamba2", "gated_delta_net", "kimi_delta_attention")
 
 
 def count(spec, geometry):
-    return sum(parameter.numel() for parameter in build_mixer(spec.resolve(geometry), geometry.hidden_size).parameters())
+    mixer = build_mixer(spec.resolve(geometry), geometry.hidden_size)
+    return sum(parameter.numel() for parameter in mixer.parameters())
 
 
 @pytest.mark.parametrize("kind", RECURRENT)

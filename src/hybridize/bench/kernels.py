@@ -13,12 +13,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hybridize.bench.cases import Builder, Case, KernelShape, num_bytes
+from hybridize.bench.linear import LINEAR_OPS
 from hybridize.ops import causal_conv as conv_door
 from hybridize.ops import selective_scan as scan_door
 from hybridize.ops.causal_conv import causal_conv
@@ -28,40 +29,7 @@ from hybridize.ops.selective_scan import selective_scan, selective_scan_step
 _EXPONENTIALS_PER_CLOCK = 16
 
 
-@dataclass(frozen=True)
-class KernelShape:
-    """Sizes of a measurement; by default those of the published model's mixer."""
-
-    batch: int = 1
-    length: int = 16384
-    channels: int = 4096
-    states: int = 16
-    heads: int = 256
-    groups: int = 64
-    taps: int = 4
-
-
 DEFAULT_SHAPES: tuple[KernelShape, ...] = (KernelShape(), KernelShape(batch=8, length=2048))
-
-
-@dataclass(frozen=True)
-class _Case:
-    """One op's backend, ready to run.
-
-    Attributes:
-        run: computes the output from the inputs.
-        inputs: all that have gradients; `run` takes them in this order.
-        read, written: tensors that a forward must read and write, to count bytes.
-        exponentials: how many a forward cannot do without.
-        has_backward: whether a backward is measured as well.
-    """
-
-    run: Callable[..., Tensor]
-    inputs: tuple[Tensor, ...]
-    read_bytes: int
-    written_bytes: int
-    exponentials: int
-    has_backward: bool = True
 
 
 def measure_kernels(
@@ -112,7 +80,7 @@ def measure_kernels(
                 case = build(shape, place, dtype, generator)
                 if case is None:
                     continue
-                record: dict[str, Any] = {"op": name, "backend": backend, "shape": _describe(shape)}
+                record: dict[str, Any] = {"op": name, "backend": backend, "shape": _describe(name, shape)}
                 record |= {"dtype": str(dtype).removeprefix("torch."), "device": _device_name(place)}
                 record |= _measure(case, place, repeats)
                 record |= {"floor_ms": None, "floor_backward_ms": None, "copy_gb_per_s": bandwidth / 1e9}
@@ -150,7 +118,10 @@ def _show(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _describe(shape: KernelShape) -> str:
+def _describe(op: str, shape: KernelShape) -> str:
+    if op in LINEAR_OPS:
+        heads = f"{shape.attention_heads} heads in {shape.attention_groups} groups"
+        return f"{shape.batch} x {shape.length}, {heads}, width {shape.head_dim}"
     return f"{shape.batch} x {shape.length}, D {shape.channels}, N {shape.states}, H {shape.heads}, G {shape.groups}"
 
 
@@ -204,7 +175,7 @@ def _exponential_rate(device: torch.device) -> float | None:
     return _EXPONENTIALS_PER_CLOCK * properties.multi_processor_count * clock_khz * 1e3
 
 
-def _floors(case: _Case, bandwidth: float, exponential_rate: float | None) -> dict[str, float | None]:
+def _floors(case: Case, bandwidth: float, exponential_rate: float | None) -> dict[str, float | None]:
     rate = exponential_rate or math.inf
     forward = max((case.read_bytes + case.written_bytes) / bandwidth, case.exponentials / rate)
     # A backward reads what the forward read and the output's gradient, and writes each input's gradient.
@@ -213,7 +184,7 @@ def _floors(case: _Case, bandwidth: float, exponential_rate: float | None) -> di
     return {"floor_ms": 1e3 * forward, "floor_backward_ms": 1e3 * both if case.has_backward else None}
 
 
-def _measure(case: _Case, device: torch.device, repeats: int) -> dict[str, float | None]:
+def _measure(case: Case, device: torch.device, repeats: int) -> dict[str, float | None]:
     def forward(_: int) -> Tensor:
         with torch.no_grad():
             return case.run(*case.inputs)
@@ -236,13 +207,6 @@ def _measure(case: _Case, device: torch.device, repeats: int) -> dict[str, float
         torch.cuda.synchronize(device)
         times["peak_mib"] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
     return times
-
-
-_Builder = Callable[[KernelShape, torch.device, torch.dtype, torch.Generator], _Case | None]
-
-
-def _bytes(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 def scan_inputs(
@@ -268,8 +232,8 @@ def scan_inputs(
     )
 
 
-def _scan(backend: str) -> _Builder:
-    def build(shape: KernelShape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> _Case | None:
+def _scan(backend: str) -> Builder:
+    def build(shape: KernelShape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Case | None:
         # Plain torch is not worth its minutes where there is a kernel.
         if backend != scan_door._BACKEND_OF_DEVICE.get(device.type, "chunked"):
             return None
@@ -278,14 +242,14 @@ def _scan(backend: str) -> _Builder:
         def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, z: Tensor) -> Tensor:
             return selective_scan(x, dt, A, B, C, D_D=D, dt_bias_D=bias, z_BLD=z, backend=backend)[0]
 
-        return _Case(run, inputs, _bytes(*inputs), _bytes(inputs[0]), inputs[0].numel() * shape.states)
+        return Case(run, inputs, num_bytes(*inputs), num_bytes(inputs[0]), inputs[0].numel() * shape.states)
 
     return build
 
 
 def _scan_mamba_ssm(
     shape: KernelShape, device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> _Case | None:
+) -> Case | None:
     """Mamba's own CUDA kernel: channels first, and one group of B for each of C, so that B is repeated beforehand."""
     if device.type != "cuda":
         return None
@@ -302,27 +266,25 @@ def _scan_mamba_ssm(
         return function(x, dt, A, B, C, D=D, z=z, delta_bias=bias, delta_softplus=True)
 
     inputs = (x, dt, A, B, C, D, bias, z)
-    return _Case(run, inputs, _bytes(*inputs), _bytes(x), x.numel() * shape.states)
+    return Case(run, inputs, num_bytes(*inputs), num_bytes(x), x.numel() * shape.states)
 
 
-def _step(shape: KernelShape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> _Case | None:
-    num_sequences = max(1, shape.batch * shape.length // 128)
-    few = KernelShape(num_sequences, 1, shape.channels, shape.states, shape.heads, shape.groups, shape.taps)
-
+def _step(shape: KernelShape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Case | None:
+    few = shape.one_token()
     x, dt, A, B, C, D, bias, z = scan_inputs(few, device, dtype, generator, 1)
-    state = torch.randn(num_sequences, few.channels, few.states, device=device, generator=generator)
+    state = torch.randn(few.batch, few.channels, few.states, device=device, generator=generator)
     inputs = (state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, bias, z[:, 0])
 
     def run(state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *more: Tensor) -> Tensor:
         D, bias, z = more
         return selective_scan_step(state, x, dt, A, B, C, D_D=D, dt_bias_D=bias, z_BD=z)[0]
 
-    written = _bytes(state, x)
-    return _Case(run, inputs, _bytes(*inputs), written, state.numel(), has_backward=False)
+    written = num_bytes(state, x)
+    return Case(run, inputs, num_bytes(*inputs), written, state.numel(), has_backward=False)
 
 
-def _conv(backend: str) -> _Builder:
-    def build(shape: KernelShape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> _Case | None:
+def _conv(backend: str) -> Builder:
+    def build(shape: KernelShape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Case | None:
         if backend == "triton" and conv_door._BACKEND_OF_DEVICE.get(device.type) != "triton":
             return None
         times = shape.heads // shape.groups
@@ -337,15 +299,16 @@ def _conv(backend: str) -> _Builder:
         def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             return causal_conv(x, weight, bias, repeat=(width, times), backend=backend)[0]
 
-        written = times * _bytes(x_BLX)
-        return _Case(run, inputs, _bytes(*inputs), written, times * x_BLX.numel())
+        written = times * num_bytes(x_BLX)
+        return Case(run, inputs, num_bytes(*inputs), written, times * x_BLX.numel())
 
     return build
 
 
 # What is measured: each op's backends and rivals. A builder returns None where the machine lacks what it needs.
-KERNEL_OPS: dict[str, dict[str, _Builder]] = {
+KERNEL_OPS: dict[str, dict[str, Builder]] = {
     "selective_scan": {"triton": _scan("triton"), "mamba-ssm": _scan_mamba_ssm, "chunked": _scan("chunked")},
     "selective_scan_step": {"default": _step},
     "causal_conv": {"triton": _conv("triton"), "shifted": _conv("shifted")},
+    **LINEAR_OPS,
 }

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from hybridize.bench.kernels import KernelShape, median_ms, scan_inputs
+from hybridize.bench.cases import KernelShape
+from hybridize.bench.kernels import median_ms, scan_inputs
 from hybridize.ops.selective_scan import selective_scan
 
 LENGTHS = tuple(1024 * 4**power for power in range(5))  # 1k to 256k

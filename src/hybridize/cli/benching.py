@@ -8,7 +8,7 @@ import typer
 bench = typer.Typer(name="bench", help="Measure kernels beside rivals and the hardware's floor.", no_args_is_help=True)
 
 _LOSS = "distillation_loss"
-_SMALL: dict[str, Any] = {"channels": 256, "states": 16, "heads": 16, "groups": 8, "length": 1024}
+_SMALL: dict[str, Any] = {"channels": 256, "states": 16, "heads": 16, "groups": 8, "length": 1024, "head_dim": 32}
 _SMALL_LOSS: dict[str, Any] = {"num_tokens": 512, "width": 256, "vocabulary": 4096}
 
 
@@ -17,7 +17,10 @@ def kernels(
     out: Annotated[Path | None, typer.Option(help="A JSON file for all that was measured; must not exist.")] = None,
     op: Annotated[
         list[str] | None,
-        typer.Option(help="selective_scan, selective_scan_step, causal_conv or distillation_loss; by default all."),
+        typer.Option(
+            help="selective_scan, causal_conv, ssd, gated_delta_rule, kimi_delta_attention, attention, "
+            "distillation_loss; their decode steps, with _step behind the name. By default all."
+        ),
     ] = None,
     plot: Annotated[
         Path | None,
@@ -31,7 +34,8 @@ def kernels(
 
     import torch
 
-    from hybridize.bench.kernels import DEFAULT_SHAPES, KERNEL_OPS, KernelShape, kernels_table, measure_kernels
+    from hybridize.bench.cases import KernelShape
+    from hybridize.bench.kernels import DEFAULT_SHAPES, KERNEL_OPS, kernels_table, measure_kernels
     from hybridize.bench.lengths import LENGTHS, measure_lengths
     from hybridize.bench.loss import loss_table, measure_loss
     from hybridize.cli.options import check_new_file
