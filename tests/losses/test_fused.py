@@ -223,6 +223,7 @@ def test_scaling_in_place_multiplies_in_float32(device, dtype):
 
 
 @interpreted
+@pytest.mark.filterwarnings("ignore")
 def test_the_kernel_agrees_in_triton_s_interpreter():
     """Run with TRITON_INTERPRET=1 where there is Triton but no GPU."""
     for kind in KINDS:

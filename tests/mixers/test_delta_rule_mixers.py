@@ -181,8 +181,6 @@ def test_parameters_have_the_agreed_names_and_shapes() -> None:
     for kind, extra in own.items():
         mixer = make_full_mixer(kind)
         assert {name: tuple(tensor.shape) for name, tensor in mixer.state_dict().items()} == shared | extra
-        marked = {name for name, tensor in mixer.named_parameters() if getattr(tensor, "_no_weight_decay", False)}
-        assert marked == {"A_log", "dt_bias"}
         plain = make_mixer(kind, gate="none", output_norm=False).state_dict()
         gates = {"g_proj.weight", "g_a_proj.weight", "g_b_proj.weight"}
         own_names = {name for name in extra if name not in gates}
@@ -458,7 +456,7 @@ def test_initialisation_follows_the_generator_or_the_global_seed(kind: str) -> N
 def test_an_open_spec_or_a_wrong_argument_is_named(kind: str) -> None:
     with pytest.raises(ValueError, match=r"has open sizes; call spec.resolve"):
         build_mixer(SPECS[kind](), HIDDEN)
-    with pytest.raises(ValueError, match=r"gate_bias is set, but gate is 'none'"):
+    with pytest.raises(ValueError, match=r"gate_bias is set, but gate is none"):
         build_mixer(SPECS[kind](gate="none", gate_bias=True).resolve(GEOMETRY), HIDDEN)
     mixer = make_mixer(kind)
     hidden_BLE = make_hidden(3)

@@ -334,11 +334,6 @@ def test_building_on_the_meta_device_allocates_nothing() -> None:
     assert torch.isfinite(mixer(make_hidden(5).float())[0]).all()
 
 
-def test_weight_decay_spares_the_recurrence() -> None:
-    spared = {name for name, p in make_mixer().named_parameters() if getattr(p, "_no_weight_decay", False)}
-    assert spared == {"A_log", "D", "dt_bias"}
-
-
 def test_state_size_is_told_without_running() -> None:
     mixer = make_mixer(torch.bfloat16)
     _, state = mixer(make_hidden(3, batch=5).bfloat16(), return_state=True)

@@ -347,3 +347,11 @@ def test_mixed_layout_comes_back_from_disk(mixed, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
     with torch.no_grad():
         assert torch.equal(loaded(draw(2, 9)).logits, mixed(draw(2, 9)).logits)
+
+
+def test_mixed_layout_keeps_its_exact_parts_in_half_precision(mixed, tmp_path):
+    mixed.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, dtype=torch.bfloat16)
+    exact = {name for name, tensor in loaded.state_dict().items() if tensor.dtype == torch.float32}
+    wanted = (".A_log", ".mixer.D", ".dt_bias", ".dt_proj.bias", ".sink")
+    assert exact == {name for name in mixed.state_dict() if name.endswith(wanted)}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hybridize.models import attention_module, convert_model, layout_of, swap_layer
-from hybridize.spec import AttentionSpec, LayoutSpec, Mamba1Spec
+from hybridize.models import attention_module, convert_model, geometry_of, layout_of, swap_layer
+from hybridize.spec import AttentionSpec, IdentitySpec, LayoutSpec, Mamba1Spec
 
 MIXER = Mamba1Spec(state_size=4)
 
@@ -17,6 +17,18 @@ def test_untouched_tensors_keep_name_and_bits(teacher, hybrid):
     for name in kept:
         assert torch.equal(before[name], after[name]), name
         assert before[name].data_ptr() != after[name].data_ptr(), name
+
+
+def test_a_kinds_default_stands_for_the_mixer_that_is_there(hybrid):
+    there = hybrid.config.layout.layers[0]
+    assert there != Mamba1Spec().resolve(geometry_of(hybrid.config))
+    layers = [Mamba1Spec(), IdentitySpec(), Mamba1Spec(), *(AttentionSpec() for _ in hybrid.config.layout.layers[3:])]
+    further = convert_model(hybrid, LayoutSpec(layers=tuple(layers)))
+    assert further.config.layout.layers[0] == further.config.layout.layers[2] == there
+    with pytest.raises(ValueError, match=r"layout\[0\]: .* mamba1 already .* with state_size 8 in place of 4; keep it"):
+        convert_model(hybrid, LayoutSpec(layers=(Mamba1Spec(state_size=8), *layers[1:])))
+    with pytest.raises(ValueError, match=r"layout\[0\]: .* mamba1 already .* cannot become identity; keep it"):
+        convert_model(hybrid, LayoutSpec(layers=(IdentitySpec(), *layers[1:])))
 
 
 def test_shared_conversion_uses_the_teachers_memory(teacher, make_hybrid):

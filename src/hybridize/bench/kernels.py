@@ -80,7 +80,8 @@ def measure_kernels(
                 case = build(shape, place, dtype, generator)
                 if case is None:
                     continue
-                record: dict[str, Any] = {"op": name, "backend": backend, "shape": _describe(name, shape)}
+                measured = shape.one_token() if name.endswith("_step") else shape
+                record: dict[str, Any] = {"op": name, "backend": backend, "shape": _describe(name, measured)}
                 record |= {"dtype": str(dtype).removeprefix("torch."), "device": _device_name(place)}
                 record |= _measure(case, place, repeats)
                 record |= {"floor_ms": None, "floor_backward_ms": None, "copy_gb_per_s": bandwidth / 1e9}
@@ -144,16 +145,17 @@ def median_ms(function: Callable[[int], object], device: torch.device, repeats: 
             function(index)
             times.append(1e3 * (time.perf_counter() - begin))
         return statistics.median(times)
-    buffer = torch.empty(2**28, dtype=torch.int32, device=device)
-    events = []
-    for index in range(repeats):
-        buffer.zero_()
-        begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin_event.record()
-        function(index)
-        end_event.record()
-        events.append((begin_event, end_event))
-    torch.cuda.synchronize(device)
+    with torch.cuda.device(device):
+        buffer = torch.empty(2**28, dtype=torch.int32, device=device)
+        events = []
+        for index in range(repeats):
+            buffer.zero_()
+            begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin_event.record()
+            function(index)
+            end_event.record()
+            events.append((begin_event, end_event))
+        torch.cuda.synchronize(device)
     return statistics.median(begin_event.elapsed_time(end_event) for begin_event, end_event in events)
 
 

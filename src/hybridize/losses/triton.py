@@ -54,6 +54,9 @@ def divergence_rows(
     Returns:
         A float32 scalar, in nat.
     """
+    student_bias_V, teacher_bias_V = (
+        None if bias is None else bias.float().contiguous() for bias in (student_bias_V, teacher_bias_V)
+    )
     num_rows, num_words = student_logits_CV.shape
     stride = student_logits_CV.stride(0)
     for rows in (student_logits_CV, teacher_logits_CV, gradient_CV):

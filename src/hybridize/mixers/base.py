@@ -1,20 +1,25 @@
 """What every mixer obeys.
 
-Legend: B batch, L length, E hidden size, D channels, N states per channel, K convolution taps.
+Legend: B batch, L length, E hidden size, D channels, N states per channel, T convolution taps; with heads: H heads, P
+channels of a head, K and V width of a head's keys and values.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+NO_STEP = -1e4
+"""A padded token's step size before softplus, far enough under zero to give exactly 0 in every dtype."""
+
 
 class MixerState(NamedTuple):
     """What a mixer remembers of a sequence, of constant size.
 
     Attributes:
-        conv: the last K inputs of the convolution, [B, D, K], oldest first, zero where there were none.
+        conv: the last T inputs of the convolution, [B, D, T], oldest first, zero where there were none.
         ssm: the recurrence's state, fp32: [B, D, N], or with heads [B, H, P, N] (Mamba-2) or [B, H, K, V] (delta rule).
     """
 
@@ -68,3 +73,57 @@ class Mixer(nn.Module, ABC):
         itemsizes = {"conv": dtype.itemsize, "ssm": torch.float32.itemsize}
         shapes = self.state_shapes(batch_size)
         return sum(torch.Size(shape).numel() * itemsizes[name] for name, shape in shapes.items())
+
+
+def check_inputs(
+    mixer: Mixer,
+    hidden_size: int,
+    hidden_BLE: Tensor,
+    starts_BL: Tensor | None,
+    valid_BL: Tensor | None,
+    state: MixerState | None,
+) -> None:
+    """Check what a mixer's forward is given.
+
+    Raises:
+        ValueError: a shape or a dtype does not fit; names the argument, its value and the remedy.
+    """
+    if hidden_BLE.ndim != 3 or hidden_BLE.shape[-1] != hidden_size:
+        raise ValueError(f"hidden_BLE: shape {tuple(hidden_BLE.shape)}; pass [batch, length, {hidden_size}]")
+    leading = tuple(hidden_BLE.shape[:2])
+    for name, mask in (("starts_BL", starts_BL), ("valid_BL", valid_BL)):
+        if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != leading):
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+            raise ValueError(f"{name}: {got}; pass a bool tensor of shape {list(leading)}")
+    if state is not None:
+        for name, shape in mixer.state_shapes(leading[0]).items():
+            got_shape = tuple(getattr(state, name).shape)
+            if got_shape != shape:
+                raise ValueError(f"state.{name}: shape {got_shape}; pass {list(shape)}")
+
+
+def at_least_fp32(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, or in fp64 if it is that."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def draw_step_bias(
+    like: Tensor, dt_min: float, dt_max: float, floor: float, generator: torch.Generator | None
+) -> Tensor:
+    """What softplus takes to step sizes that are log-uniform in a range (arXiv 2312.00752).
+
+    Args:
+        like: of the shape and on the device wanted.
+        dt_min: smallest step size.
+        dt_max: largest step size.
+        floor: step sizes are clamped to at least this.
+        generator: source of randomness; None: torch's global seed.
+
+    Returns:
+        fp32.
+    """
+    log_step = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    log_step.uniform_(math.log(dt_min), math.log(dt_max), generator=generator)
+    step = log_step.exp().clamp(min=floor)
+    # softplus(bias) = step, written so that neither a small nor a large step loses digits.
+    return step + torch.log(-torch.expm1(-step))

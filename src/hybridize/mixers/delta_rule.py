@@ -11,7 +11,6 @@ Legend: B batch, L length, E hidden size, H heads, G groups of heads, K width of
 (V = K), X channels, of the convolution H K + G K + G V, T its taps.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import sigmoid, silu, softplus
 
-from hybridize.mixers.base import Mixer, MixerState
+from hybridize.mixers.base import Mixer, MixerState, at_least_fp32, check_inputs, draw_step_bias
 from hybridize.mixers.norms import BlockRMSNorm
 from hybridize.ops.causal_conv import causal_conv, causal_conv_step
 from hybridize.spec.mixers import GatedDeltaNetSpec, KimiDeltaAttentionSpec
@@ -67,8 +66,6 @@ class DeltaRuleMixer(Mixer):
             or None in (spec.qkv_bias, spec.output_bias, spec.qk_norm)
         ):
             raise ValueError(f"spec: {spec!r} has open sizes; call spec.resolve(geometry) first")
-        if spec.gate_bias and spec.gate == "none":
-            raise ValueError("spec: gate_bias is set, but gate is 'none'; give it a gate, or no bias")
         self.spec = spec
         self.initializer_range = initializer_range
         self.hidden_size, self.head_width = hidden_size, spec.head_width
@@ -94,8 +91,6 @@ class DeltaRuleMixer(Mixer):
         if spec.output_norm:
             self.o_norm = BlockRMSNorm(self.head_width, self.head_width, spec.norm_eps)
         self.o_proj = nn.Linear(self.head_channels, hidden_size, bias=bool(spec.output_bias))
-        for parameter in (self.A_log, self.dt_bias):
-            parameter._no_weight_decay = True
         self.reset_parameters()
 
     @abstractmethod
@@ -127,13 +122,9 @@ class DeltaRuleMixer(Mixer):
                 module.reset_parameters()
         tap_bound = self.conv_kernel**-0.5
         self.conv1d.weight.uniform_(-tap_bound, tap_bound, generator=generator)
-        rate = torch.empty(self.num_heads, device=self.A_log.device)
+        rate = torch.empty(self.num_heads, dtype=torch.float32, device=self.A_log.device)
         self.A_log.copy_(rate.uniform_(spec.decay_min, spec.decay_max, generator=generator).log())
-        log_step = torch.empty(self.dt_bias.numel(), device=self.dt_bias.device)
-        log_step.uniform_(math.log(spec.dt_min), math.log(spec.dt_max), generator=generator)
-        step = log_step.exp().clamp(min=spec.dt_init_floor)
-        # softplus(bias) = step, written so that neither a small nor a large step loses digits.
-        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        self.dt_bias.copy_(draw_step_bias(self.dt_bias, spec.dt_min, spec.dt_max, spec.dt_init_floor, generator))
         if spec.gate_bias:
             self.gate_bias.zero_()
 
@@ -160,13 +151,13 @@ class DeltaRuleMixer(Mixer):
         Raises:
             ValueError: a mask or the state does not go with the input; names it and the remedy.
         """
-        self._check(hidden_BLE, starts_BL, valid_BL, state)
+        check_inputs(self, self.hidden_size, hidden_BLE, starts_BL, valid_BL, state)
         padding_BL1 = None if valid_BL is None else ~valid_BL.unsqueeze(-1)
         if padding_BL1 is not None:
             hidden_BLE = hidden_BLE.masked_fill(padding_BL1, 0.0)
         qkv_BLX = self._project(hidden_BLE)
         g = self._log_decays(hidden_BLE)
-        beta_BLH = sigmoid(_at_least_fp32(self.b_proj(hidden_BLE)))
+        beta_BLH = sigmoid(at_least_fp32(self.b_proj(hidden_BLE)))
         if padding_BL1 is not None:
             qkv_BLX = qkv_BLX.masked_fill(padding_BL1, 0.0)  # biases and norms make something of nothing
             g = g.masked_fill(padding_BL1.view(*padding_BL1.shape, *[1] * (g.ndim - 3)), 0.0)
@@ -228,8 +219,8 @@ class DeltaRuleMixer(Mixer):
 
     def _log_decays(self, hidden_BLE: Tensor) -> Tensor:
         """Logarithms of the decays, at least in fp32: [B, L, H] or [B, L, H, K]."""
-        inputs = _at_least_fp32(self._decay_inputs(hidden_BLE)) + _at_least_fp32(self.dt_bias)
-        rate = -torch.exp(_at_least_fp32(self.A_log))
+        inputs = at_least_fp32(self._decay_inputs(hidden_BLE)) + at_least_fp32(self.dt_bias)
+        rate = -torch.exp(at_least_fp32(self.A_log))
         step = softplus(inputs)
         if self.decay_per_channel:
             return rate.unsqueeze(-1) * step.unflatten(-1, (self.num_heads, -1))
@@ -242,33 +233,13 @@ class DeltaRuleMixer(Mixer):
             out_BLX = self.o_norm(out_BLX)
         if self.spec.gate == "none":
             return out_BLX
-        gate_BLX = _at_least_fp32(self._gate_inputs(hidden_BLE))
+        gate_BLX = at_least_fp32(self._gate_inputs(hidden_BLE))
         if self.spec.gate_bias:
-            gate_BLX = gate_BLX + _at_least_fp32(self.gate_bias)
+            gate_BLX = gate_BLX + at_least_fp32(self.gate_bias)
         return (out_BLX * _GATES[self.spec.gate](gate_BLX)).to(out_BLX.dtype)
-
-    def _check(
-        self, hidden_BLE: Tensor, starts_BL: Tensor | None, valid_BL: Tensor | None, state: MixerState | None
-    ) -> None:
-        if hidden_BLE.ndim != 3 or hidden_BLE.shape[-1] != self.hidden_size:
-            raise ValueError(f"hidden_BLE: shape {tuple(hidden_BLE.shape)}; pass [batch, length, {self.hidden_size}]")
-        leading = tuple(hidden_BLE.shape[:2])
-        for name, mask in (("starts_BL", starts_BL), ("valid_BL", valid_BL)):
-            if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != leading):
-                got = f"{mask.dtype} of shape {tuple(mask.shape)}"
-                raise ValueError(f"{name}: {got}; pass a bool tensor of shape {list(leading)}")
-        if state is not None:
-            for name, shape in self.state_shapes(leading[0]).items():
-                got_shape = tuple(getattr(state, name).shape)
-                if got_shape != shape:
-                    raise ValueError(f"state.{name}: shape {got_shape}; pass {list(shape)}")
 
 
 def _unit(tensor: Tensor) -> Tensor:
     """The last axis scaled to length 1, computed in fp32 at least, in the tensor's dtype."""
-    exact = _at_least_fp32(tensor)
+    exact = at_least_fp32(tensor)
     return (exact * torch.rsqrt(exact.square().sum(dim=-1, keepdim=True) + _L2_EPS)).to(tensor.dtype)
-
-
-def _at_least_fp32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -8,20 +8,15 @@ Legend: B batch, L length, E hidden size, D channels (d_inner), N states per cha
 G groups of heads, X = G N channels before they are repeated to D, K convolution taps.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from hybridize.mixers.base import Mixer, MixerState
+from hybridize.mixers.base import NO_STEP, Mixer, MixerState, at_least_fp32, check_inputs, draw_step_bias
 from hybridize.mixers.norms import BlockRMSNorm
 from hybridize.ops.causal_conv import causal_conv, causal_conv_step
 from hybridize.ops.selective_scan import selective_scan, selective_scan_step
 from hybridize.spec.mixers import Mamba1Spec
-
-# A padded token's step size before softplus, far enough under zero to give exactly 0 in every dtype.
-_NO_STEP = -1e4
 
 
 class Mamba1Mixer(Mixer):
@@ -63,8 +58,6 @@ class Mamba1Mixer(Mixer):
             spans = (spec.state_size, spec.state_size) if spec.qk_norm == "head" else (spec.d_xb, spec.d_inner)
             self.k_norm, self.q_norm = (BlockRMSNorm(span, span, spec.norm_eps) for span in spans)
         self.out_proj = nn.Linear(spec.d_inner, hidden_size, bias=bool(spec.output_bias))
-        for parameter in (self.A_log, self.D, self.dt_proj.bias):
-            parameter._no_weight_decay = True
         self.reset_parameters()
 
     @torch.no_grad()
@@ -82,11 +75,8 @@ class Mamba1Mixer(Mixer):
         self.conv1d.bias.uniform_(-tap_bound, tap_bound, generator=generator)
         rank_bound = self.dt_in_proj.out_features**-0.5
         self.dt_proj.weight.uniform_(-rank_bound, rank_bound, generator=generator)
-        log_step = torch.empty(self.d_inner, dtype=torch.float32, device=self.dt_proj.bias.device)
-        log_step.uniform_(math.log(spec.dt_min), math.log(spec.dt_max), generator=generator)
-        step = log_step.exp().clamp(min=spec.dt_init_floor)
-        # softplus(bias) = step, written so that neither a small nor a large step loses digits.
-        self.dt_proj.bias.copy_(step + torch.log(-torch.expm1(-step)))
+        steps = (spec.dt_min, spec.dt_max, spec.dt_init_floor)
+        self.dt_proj.bias.copy_(draw_step_bias(self.dt_proj.bias, *steps, generator))
         states = torch.arange(1, self.num_states + 1, dtype=torch.float32, device=self.A_log.device)
         self.A_log.copy_(states.log().expand_as(self.A_log))
         self.D.fill_(1.0)
@@ -120,20 +110,20 @@ class Mamba1Mixer(Mixer):
         Raises:
             ValueError: a mask or the state does not go with the input; names it and the remedy.
         """
-        self._check(hidden_BLE, starts_BL, valid_BL, state)
+        check_inputs(self, self.in_proj.in_features, hidden_BLE, starts_BL, valid_BL, state)
         if valid_BL is not None:
             hidden_BLE = hidden_BLE.masked_fill(~valid_BL.unsqueeze(-1), 0.0)
         z_BLD, x_BLX, B_BLX, C_BLD = self._project(hidden_BLE)
         dt_BLD = linear(self.dt_in_proj(hidden_BLE), self.dt_proj.weight)
         if valid_BL is not None:
-            dt_BLD = dt_BLD.masked_fill(~valid_BL.unsqueeze(-1), _NO_STEP)
+            dt_BLD = dt_BLD.masked_fill(~valid_BL.unsqueeze(-1), NO_STEP)
             if self.qkv_bias is not None:  # it makes something of nothing
                 x_BLX = x_BLX.masked_fill(~valid_BL.unsqueeze(-1), 0.0)
         B_BLGN = B_BLX.unflatten(-1, (self.num_groups, self.num_states))
         C_BLHN = C_BLD.unflatten(-1, (self.num_heads, self.num_states))
         bias_scale = 2.0 if self.spec.dt_bias_mode == "double" else 1.0
-        A_DN = -torch.exp(_at_least_fp32(self.A_log))
-        D_D, dt_bias_D = _at_least_fp32(self.D), _at_least_fp32(self.dt_proj.bias) * bias_scale
+        A_DN = -torch.exp(at_least_fp32(self.A_log))
+        D_D, dt_bias_D = at_least_fp32(self.D), at_least_fp32(self.dt_proj.bias) * bias_scale
 
         taps_DK = self.conv1d.weight.squeeze(1)
         repeat = (self.num_states, self.num_heads // self.num_groups)  # each group's x goes to all of its heads
@@ -196,24 +186,3 @@ class Mamba1Mixer(Mixer):
         if self.q_norm is not None and self.k_norm is not None:
             B_BLX, C_BLD = self.k_norm(B_BLX), self.q_norm(C_BLD)
         return z_BLD, x_BLX, B_BLX, C_BLD
-
-    def _check(
-        self, hidden_BLE: Tensor, starts_BL: Tensor | None, valid_BL: Tensor | None, state: MixerState | None
-    ) -> None:
-        hidden_size = self.in_proj.in_features
-        if hidden_BLE.ndim != 3 or hidden_BLE.shape[-1] != hidden_size:
-            raise ValueError(f"hidden_BLE: shape {tuple(hidden_BLE.shape)}; pass [batch, length, {hidden_size}]")
-        leading = tuple(hidden_BLE.shape[:2])
-        for name, mask in (("starts_BL", starts_BL), ("valid_BL", valid_BL)):
-            if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != leading):
-                got = f"{mask.dtype} of shape {tuple(mask.shape)}"
-                raise ValueError(f"{name}: {got}; pass a bool tensor of shape {list(leading)}")
-        if state is not None:
-            for name, shape in self.state_shapes(leading[0]).items():
-                got_shape = tuple(getattr(state, name).shape)
-                if got_shape != shape:
-                    raise ValueError(f"state.{name}: shape {got_shape}; pass {list(shape)}")
-
-
-def _at_least_fp32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

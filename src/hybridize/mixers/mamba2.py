@@ -13,21 +13,17 @@ Legend: B batch, L length, E hidden size, H heads, G groups of heads, P channels
 X = G P + G N + H N channels of the convolution over x | B | C, K its taps.
 """
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from hybridize.mixers.base import Mixer, MixerState
+from hybridize.mixers.base import NO_STEP, Mixer, MixerState, at_least_fp32, check_inputs, draw_step_bias
 from hybridize.mixers.norms import BlockRMSNorm
 from hybridize.ops.causal_conv import causal_conv, causal_conv_step
 from hybridize.ops.ssd import ssd, ssd_step
 from hybridize.spec.mixers import Mamba2Spec
-
-# A padded token's step size before softplus, far enough under zero to give exactly 0 in every dtype.
-_NO_STEP = -1e4
 
 
 class Mamba2Mixer(Mixer):
@@ -73,8 +69,6 @@ class Mamba2Mixer(Mixer):
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
-        for parameter in (self.A_log, self.D, self.dt_bias):
-            parameter._no_weight_decay = True
         self.qkv_bias = nn.Parameter(torch.empty(conv_width)) if spec.qkv_bias else None
         self.gate_bias = nn.Parameter(torch.empty(self.inner_width)) if spec.gate_bias else None
         self.k_norm = self.q_norm = self.norm = None
@@ -100,12 +94,9 @@ class Mamba2Mixer(Mixer):
         tap_bound = spec.conv_kernel**-0.5
         for taps in (self.conv1d.weight, self.conv1d.bias):
             taps.uniform_(-tap_bound, tap_bound, generator=generator)
-        drawn = torch.empty(self.num_heads, dtype=torch.float32, device=self.A_log.device)
-        drawn.uniform_(math.log(spec.dt_min), math.log(spec.dt_max), generator=generator)
-        step = drawn.exp().clamp(min=spec.dt_init_floor)
-        # softplus(bias) = step, written so that neither a small nor a large step loses digits.
-        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
-        self.A_log.copy_(drawn.uniform_(spec.decay_min, spec.decay_max, generator=generator).log())
+        self.dt_bias.copy_(draw_step_bias(self.dt_bias, spec.dt_min, spec.dt_max, spec.dt_init_floor, generator))
+        rate = torch.empty(self.num_heads, dtype=torch.float32, device=self.A_log.device)
+        self.A_log.copy_(rate.uniform_(spec.decay_min, spec.decay_max, generator=generator).log())
         self.D.fill_(1.0)
         for bias in (self.qkv_bias, self.gate_bias, self.out_proj.bias):
             if bias is not None:
@@ -137,12 +128,12 @@ class Mamba2Mixer(Mixer):
         Raises:
             ValueError: a mask or the state does not go with the input; names it and the remedy.
         """
-        self._check(hidden_BLE, starts_BL, valid_BL, state)
+        check_inputs(self, self.in_proj.in_features, hidden_BLE, starts_BL, valid_BL, state)
         z_BLD, inner_BLX, dt_BLH = self._project(hidden_BLE, valid_BL)
         taps_XK = self.conv1d.weight.squeeze(1)
         activation: Literal["silu"] | None = "silu" if self.spec.conv_activation == "silu" else None
-        A_H = -torch.exp(_at_least_fp32(self.A_log))
-        options = {"D_H": _at_least_fp32(self.D), "dt_bias_H": _at_least_fp32(self.dt_bias)}
+        A_H = -torch.exp(at_least_fp32(self.A_log))
+        options = {"D_H": at_least_fp32(self.D), "dt_bias_H": at_least_fp32(self.dt_bias)}
 
         if state is not None and hidden_BLE.shape[1] == 1:
             if starts_BL is not None:
@@ -196,7 +187,7 @@ class Mamba2Mixer(Mixer):
             x_BLV, B_BLV, C_BLV = inner_BLX.split(self.conv_widths, dim=-1)
             inner_BLX = torch.cat([x_BLV, self.k_norm(B_BLV), self.q_norm(C_BLV)], dim=-1)
         if padding is not None:
-            dt_BLH = dt_BLH.masked_fill(padding, _NO_STEP)
+            dt_BLH = dt_BLH.masked_fill(padding, NO_STEP)
             inner_BLX = inner_BLX.masked_fill(padding, 0.0)
         return z_BLD, inner_BLX, dt_BLH
 
@@ -208,7 +199,7 @@ class Mamba2Mixer(Mixer):
 
     def _read_out(self, y_BLHP: Tensor, z_BLD: Tensor) -> Tensor:
         """Gate, normalise, project: [B, L, E]."""
-        gate_BLD = _at_least_fp32(z_BLD)
+        gate_BLD = at_least_fp32(z_BLD)
         if self.gate_bias is not None:
             gate_BLD = gate_BLD + self.gate_bias.to(gate_BLD.dtype)
         gated_BLD = y_BLHP.flatten(2) * silu(gate_BLD)
@@ -216,30 +207,9 @@ class Mamba2Mixer(Mixer):
             gated_BLD = self.norm(gated_BLD)
         return self.out_proj(gated_BLD.to(y_BLHP.dtype))
 
-    def _check(
-        self, hidden_BLE: Tensor, starts_BL: Tensor | None, valid_BL: Tensor | None, state: MixerState | None
-    ) -> None:
-        hidden_size = self.in_proj.in_features
-        if hidden_BLE.ndim != 3 or hidden_BLE.shape[-1] != hidden_size:
-            raise ValueError(f"hidden_BLE: shape {tuple(hidden_BLE.shape)}; pass [batch, length, {hidden_size}]")
-        leading = tuple(hidden_BLE.shape[:2])
-        for name, mask in (("starts_BL", starts_BL), ("valid_BL", valid_BL)):
-            if mask is not None and (mask.dtype != torch.bool or tuple(mask.shape) != leading):
-                got = f"{mask.dtype} of shape {tuple(mask.shape)}"
-                raise ValueError(f"{name}: {got}; pass a bool tensor of shape {list(leading)}")
-        if state is not None:
-            for name, shape in self.state_shapes(leading[0]).items():
-                got_shape = tuple(getattr(state, name).shape)
-                if got_shape != shape:
-                    raise ValueError(f"state.{name}: shape {got_shape}; pass {list(shape)}")
-
 
 def _forget(state: MixerState, starts_B: Tensor) -> MixerState:
     """The state, zero in the rows where a document starts."""
     return MixerState(
         state.conv.masked_fill(starts_B[:, None, None], 0.0), state.ssm.masked_fill(starts_B[:, None, None, None], 0.0)
     )
-
-
-def _at_least_fp32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

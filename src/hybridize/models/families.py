@@ -209,14 +209,15 @@ def _fused_rows(geometry: AttentionGeometry, order: str) -> tuple[tuple[int, ...
 
 
 _QK_NORMS = ("q_norm", "k_norm")
+_NO_BIAS: dict[str, Any] = {"qkv_bias": False, "output_bias": False}  # whatever the config says
 
 FAMILIES: dict[str, ModelFamily] = {
     row.model_type: row
     for row in (
         ModelFamily("llama", "LlamaConfig", "LlamaForCausalLM"),
-        ModelFamily("mistral", "MistralConfig", "MistralForCausalLM"),
-        ModelFamily("ministral", "MinistralConfig", "MinistralForCausalLM"),
-        ModelFamily("ministral3", "Ministral3Config", "Ministral3ForCausalLM"),
+        ModelFamily("mistral", "MistralConfig", "MistralForCausalLM", **_NO_BIAS),
+        ModelFamily("ministral", "MinistralConfig", "MinistralForCausalLM", **_NO_BIAS),
+        ModelFamily("ministral3", "Ministral3Config", "Ministral3ForCausalLM", **_NO_BIAS),
         ModelFamily("qwen2", "Qwen2Config", "Qwen2ForCausalLM", qkv_bias=True, output_bias=False),
         ModelFamily("qwen3", "Qwen3Config", "Qwen3ForCausalLM", norms=_QK_NORMS),
         ModelFamily("gemma2", "Gemma2Config", "Gemma2ForCausalLM", logit_softcap="final_logit_softcapping"),
@@ -229,7 +230,7 @@ FAMILIES: dict[str, ModelFamily] = {
             norm_offset=1.0,
             logit_softcap="final_logit_softcapping",
         ),
-        ModelFamily("phi3", "Phi3Config", "Phi3ForCausalLM", fused="qkv_proj"),
+        ModelFamily("phi3", "Phi3Config", "Phi3ForCausalLM", fused="qkv_proj", **_NO_BIAS),
         ModelFamily("olmo2", "Olmo2Config", "Olmo2ForCausalLM", norms=_QK_NORMS, norm_span="width"),
         ModelFamily("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM"),
         ModelFamily("granite", "GraniteConfig", "GraniteForCausalLM", logit_divisor="logits_scaling"),
@@ -248,7 +249,7 @@ FAMILIES: dict[str, ModelFamily] = {
             o="dense",
             cache="layer_past",
         ),
-        ModelFamily("mixtral", "MixtralConfig", "MixtralForCausalLM"),
+        ModelFamily("mixtral", "MixtralConfig", "MixtralForCausalLM", **_NO_BIAS),
         ModelFamily("qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", norms=_QK_NORMS),
     )
 }

@@ -31,7 +31,7 @@ def resolve_layout(config: Any, layout: LayoutSpec, place: str = "layout") -> La
 
     Args:
         config: the config of a teacher, or of a hybrid of which more layers are to be replaced.
-        layout: one mixer per layer.
+        layout: one mixer per layer. A kind in its default stands for whatever mixer of that kind the layer has already.
         place: what to call the layout in errors.
 
     Raises:
@@ -43,14 +43,26 @@ def resolve_layout(config: Any, layout: LayoutSpec, place: str = "layout") -> La
         raise ValueError(
             f"{place}: it has {len(layout.layers)} layers, but the model has {len(current)}; give one mixer per layer"
         )
-    resolved = layout.resolve(geometry_of(config))
+    there = [old if new == type(old)() else new for old, new in zip(current, layout.layers, strict=True)]
+    resolved = LayoutSpec(layers=tuple(there)).resolve(geometry_of(config), place)
     for layer, (old, new) in enumerate(zip(current, resolved.layers, strict=True)):
         if not isinstance(old, AttentionSpec) and old != new:
             raise ValueError(
                 f"{place}[{layer}]: the model's layer is a {old.type} already and its attention is gone or changed, "
-                f"so it cannot become {new}; keep it as it is, or start from the original teacher"
+                f"so it cannot become {new.type}{_difference(old, new)}; keep it as it is, or start from the "
+                "original teacher"
             )
     return resolved
+
+
+def _difference(old: MixerSpec, new: MixerSpec) -> str:
+    """Where two specs of one kind differ, e.g. ` with state_size 8 in place of 16`."""
+    if type(old) is not type(new):
+        return ""
+    before, after = old.model_dump(), new.model_dump()
+    return " with " + ", ".join(
+        f"{name} {after[name]!r} in place of {before[name]!r}" for name in before if before[name] != after[name]
+    )
 
 
 def convert_model(source: Any, layout: LayoutSpec, *, share: bool = False) -> Any:

@@ -248,7 +248,6 @@ def reset_sink(module: nn.Module, device: torch.device) -> None:
     sink = None
     if module.num_sinks:
         sink = nn.Parameter(torch.zeros(module.num_sinks, dtype=torch.float32, device=device))
-        sink._no_weight_decay = True
     module.register_parameter("sink", sink)
 
 

@@ -198,6 +198,12 @@ def check_against_teacher(recipe: RecipeSpec) -> int:
     for place, layers in recipe.layers_named().items():
         check_layers(layers, num_layers, place)
     for position, stage in enumerate(recipe.stages):
+        layout = stage.whole_layout if isinstance(stage, ConvertStage) else None
+        if layout is not None and len(layout.layers) != num_layers:
+            raise ValueError(
+                f"recipe.stages[{position}].layout: it has {len(layout.layers)} layers, but the teacher has "
+                f"{num_layers}; give one letter or mixer a layer"
+            )
         if isinstance(stage, ConvertStage) and stage.num_layers is not None and stage.num_layers > num_layers:
             raise ValueError(
                 f"recipe.stages[{position}].num_layers: {stage.num_layers} is out of range; the teacher has "

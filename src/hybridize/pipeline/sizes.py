@@ -132,8 +132,8 @@ def _delta_rule(spec: DeltaRuleSpec, hidden: int) -> int:
     else:
         decays = spec.num_heads * (hidden + 2)
         gate = hidden * query
-    gate *= spec.gate != "none"  # type: ignore[attr-defined]
-    norm = spec.output_norm * spec.head_width  # type: ignore[attr-defined]
+    gate *= spec.gate != "none"
+    norm = spec.output_norm * spec.head_width
     scan = (query + 2 * kv) * spec.conv_kernel + decays + gate + norm
     return projections + scan + _carried(spec, query, kv, query, spec.head_width, hidden)
 

@@ -2,13 +2,15 @@
 
 from typing import Any
 
-from vllm.logger import init_logger
+import torch
+import vllm
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from hybridize.serving.shards import part_of_spec
 from hybridize.serving.states import state_dtypes
-
-logger = init_logger(__name__)
+from hybridize.serving.versions import SINKS_ON_CPU, release_of
+from hybridize.spec.mixers import SlidingWindowSpec
 
 
 class HybridChecks(VerifyAndUpdateConfig):
@@ -23,6 +25,7 @@ class HybridChecks(VerifyAndUpdateConfig):
         """
         _check_features(vllm_config)
         _check_ranks(vllm_config)
+        _check_sinks(vllm_config)
         state_dtypes(vllm_config)
         cache = vllm_config.cache_config
         if cache.mamba_ssm_cache_dtype == "auto":
@@ -41,3 +44,15 @@ def _check_ranks(vllm_config: Any) -> None:
     num_ranks = vllm_config.parallel_config.tensor_parallel_size
     for layer, spec in enumerate(vllm_config.model_config.hf_config.layout.layers):
         part_of_spec(spec, num_ranks, f"layer {layer}")
+
+
+def _check_sinks(vllm_config: Any) -> None:
+    release, dtype = release_of(vllm.__version__), vllm_config.model_config.dtype
+    if not current_platform.is_cpu() or dtype == torch.bfloat16 or (release or SINKS_ON_CPU) >= SINKS_ON_CPU:
+        return
+    for layer, spec in enumerate(vllm_config.model_config.hf_config.layout.layers):
+        if isinstance(spec, SlidingWindowSpec) and spec.sink:
+            raise ValueError(
+                f"dtype: {dtype}, but layer {layer} has a window with sinks, and on a CPU vLLM {vllm.__version__} "
+                f"takes sinks in bfloat16 only; use --dtype bfloat16, or vLLM 0.{SINKS_ON_CPU[1]}"
+            )

@@ -4,6 +4,14 @@ import re
 
 # Major and minor number of the oldest and the newest release, both included.
 OLDEST, NEWEST = (0, 26), (0, 32)
+# The oldest whose attention for the CPU takes sinks in any dtype; before, in bf16 only.
+SINKS_ON_CPU = (0, 31)
+
+
+def release_of(version: str) -> tuple[int, int] | None:
+    """Major and minor number of a version such as `0.26.0+cu130`; None if it has none."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return None if numbers is None else (int(numbers[1]), int(numbers[2]))
 
 
 def version_problem(version: str) -> str | None:
@@ -12,8 +20,8 @@ def version_problem(version: str) -> str | None:
     Args:
         version: `vllm.__version__`, e.g. `0.32.0` or `0.26.0+cu130`.
     """
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is not None and OLDEST <= (int(numbers[1]), int(numbers[2])) <= NEWEST:
+    release = release_of(version)
+    if release is not None and OLDEST <= release <= NEWEST:
         return None
     (_, oldest), (_, newest) = OLDEST, NEWEST
     return (

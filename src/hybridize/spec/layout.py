@@ -76,9 +76,19 @@ class LayoutSpec(Spec):
         """The layers that are not attention, ascending."""
         return tuple(i for i, mixer in enumerate(self.layers) if not isinstance(mixer, AttentionSpec))
 
-    def resolve(self, geometry: AttentionGeometry) -> Self:
-        """Return the layout with every mixer's sizes filled in from the teacher's attention geometry."""
-        return type(self)(layers=tuple(mixer.resolve(geometry) for mixer in self.layers))
+    def resolve(self, geometry: AttentionGeometry, place: str = "layout") -> Self:
+        """Return the layout with every mixer's sizes filled in from the teacher's attention geometry.
+
+        Raises:
+            ValueError: sizes do not fit; names the layer.
+        """
+        resolved = []
+        for layer, mixer in enumerate(self.layers):
+            try:
+                resolved.append(mixer.resolve(geometry))
+            except ValueError as error:
+                raise ValueError(f"{place}[{layer}]: {str(error).removeprefix('mixer: ')}") from None
+        return type(self)(layers=tuple(resolved))
 
     def __str__(self) -> str:
         """One letter a layer, e.g. `aammaaga`; each mixer's spec says which."""

@@ -4,7 +4,7 @@ from hybridize.transfer.conversion import ConversionPlan, convert, plan_conversi
 from hybridize.transfer.expressions import Blend, Constant, Fresh, Stack, Take
 from hybridize.transfer.pairing import aligned_order, count_aligned
 from hybridize.transfer.plan import Entry, TransferPlan, plan_transfer
-from hybridize.transfer.rules import INITS, InitName
+from hybridize.transfer.rules import INITS
 
 __all__ = [
     "INITS",
@@ -13,7 +13,6 @@ __all__ = [
     "ConversionPlan",
     "Entry",
     "Fresh",
-    "InitName",
     "Stack",
     "Take",
     "TransferPlan",

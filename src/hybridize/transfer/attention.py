@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from hybridize.models import Projection
 from hybridize.spec import AttentionGeometry
+from hybridize.spec.mixers import CarriesAttention
 from hybridize.transfer.expressions import Blend, Constant, Expression, Take
 
 
@@ -87,6 +88,31 @@ class AttentionTensors:
             if norm is not None
             for leaf in norm.leaves()
             if isinstance(leaf, Take)
+        )
+
+
+def check_norm(spec: CarriesAttention, width: int, width_name: str, geometry: AttentionGeometry, place: str) -> None:
+    """Check that the teacher's norms of queries and keys fit a mixer that is to have some.
+
+    Args:
+        spec: the mixer, resolved.
+        width: of the heads that it normalises.
+        width_name: what the spec calls that.
+        geometry: of the teacher's attention.
+        place: what to call the mixer in errors.
+
+    Raises:
+        ValueError: they span something else.
+    """
+    if spec.qk_norm != geometry.qk_norm:
+        raise ValueError(
+            f"{place}.qk_norm: {spec.qk_norm!r} differs from the teacher's {geometry.qk_norm!r}, so its norms' weights "
+            "do not fit; leave qk_norm open, or set it to 'none'"
+        )
+    if spec.qk_norm == "head" and width != geometry.head_dim:
+        raise ValueError(
+            f"{place}.qk_norm: the teacher normalises queries and keys over heads of width {geometry.head_dim}, but "
+            f"the mixer's have {width_name} {width}; set that to {geometry.head_dim}, or qk_norm to 'none'"
         )
 
 

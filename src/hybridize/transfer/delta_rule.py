@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from hybridize.spec import AttentionGeometry, GatedDeltaNetSpec, KimiDeltaAttentionSpec
-from hybridize.transfer.attention import AttentionTensors
+from hybridize.transfer.attention import AttentionTensors, check_norm
 from hybridize.transfer.expressions import Blend, Constant, Expression, Fresh, Take
 from hybridize.transfer.neutral import MEMORIES, memory_lengths, newest_tap, open_silu, reorder_norm, step_bias
 from hybridize.transfer.pairing import aligned_order, check_slices, count_aligned
@@ -90,9 +90,8 @@ def carry(spec: AnySpec, attention: AttentionTensors, order: Order, place: str) 
         place: what to call the mixer in errors.
 
     Raises:
-        ValueError: a norm of heads does not fit heads of another width.
+        ValueError: the teacher's norms of queries and keys do not fit.
     """
-    geometry = attention.geometry
     carried: dict[str, Expression] = {
         "q_proj.weight": attention.q.reorder(order.channels, order.why),
         "k_proj.weight": attention.k,
@@ -105,16 +104,11 @@ def carry(spec: AnySpec, attention: AttentionTensors, order: Order, place: str) 
             carried[f"{name}.bias"] = bias.reorder(order.channels, order.why) if name == "q_proj" else bias
     if spec.output_bias and attention.o_bias is not None:
         carried["o_proj.bias"] = attention.o_bias
-    if spec.qk_norm == geometry.qk_norm and attention.q_norm is not None and attention.k_norm is not None:
-        if spec.qk_norm == "head" and spec.head_width != geometry.head_dim:
-            raise ValueError(
-                f"{place}.qk_norm: a norm of heads of {geometry.head_dim} channels does not fit slices of "
-                f"{spec.head_width}; set qk_norm: none, or leave head_width open"
-            )
-        across = spec.qk_norm == "width"
-        carried["q_norm.weight"] = (
-            reorder_norm(attention.q_norm, order.channels, order.why) if across else attention.q_norm
-        )
+    if spec.qk_norm != "none" and attention.q_norm is not None and attention.k_norm is not None:
+        assert spec.head_width is not None
+        check_norm(spec, spec.head_width, "head_width", attention.geometry, place)
+        channels = order.channels if spec.qk_norm == "width" else None
+        carried["q_norm.weight"] = reorder_norm(attention.q_norm, channels, order.why)
         carried["k_norm.weight"] = attention.k_norm
     return carried
 
@@ -131,7 +125,7 @@ def check_sizes(spec: AnySpec, geometry: AttentionGeometry, init: str, place: st
             f"{place}.head_width: {spec.head_width} differs from the teacher's {geometry.head_dim}, which init "
             "'published' knows no way around; leave head_width open, or use init 'aligned'"
         )
-    check_slices(geometry, spec.head_width, f"{place}.head_width")
+    check_slices(geometry, spec.head_width, f"{place}.head_width", "init 'random'")
     widths = {
         "num_heads": (spec.num_heads, geometry.query_width),
         "num_groups": (spec.num_groups, geometry.kv_width),
@@ -153,7 +147,7 @@ def neutral_convolution(spec: AnySpec, tap: float = 1.0) -> Constant:
     return newest_tap(channels, spec.conv_kernel, tap)
 
 
-def even_writing(spec: AnySpec, hidden_size: int) -> Constant:
+def constant_beta(spec: AnySpec, hidden_size: int) -> Constant:
     """The projection of β that gives 1/2 for every token."""
     assert spec.num_heads is not None
     return Constant(0.0, (spec.num_heads, hidden_size), "0, so that β is 1/2 for every token")

@@ -42,7 +42,7 @@ def carry_attention(
     hidden_size = geometry.hidden_size
     gate_shape = (geometry.query_width, hidden_size)
     no_decay = Constant(0.0, (spec.num_heads, hidden_size), "0, a decay that is the same for every token")
-    carried |= {"a_proj.weight": no_decay, "b_proj.weight": delta_rule.even_writing(spec, hidden_size)}
+    carried |= {"a_proj.weight": no_decay, "b_proj.weight": delta_rule.constant_beta(spec, hidden_size)}
     if init == "published":
         carried |= {"conv1d.weight": delta_rule.neutral_convolution(spec, 0.5)}
         carried |= delta_rule.slow_published_decays(spec, spec.num_heads)

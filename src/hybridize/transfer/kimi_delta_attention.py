@@ -55,7 +55,7 @@ def carry_attention(
         carried
         | {
             "f_b_proj.weight": Constant(0.0, shape, "0, a decay that is the same for every token"),
-            "b_proj.weight": delta_rule.even_writing(spec, geometry.hidden_size),
+            "b_proj.weight": delta_rule.constant_beta(spec, geometry.hidden_size),
             "conv1d.weight": delta_rule.neutral_convolution(spec),
         }
         | delta_rule.slow_decays(spec, geometry, order, channels_per_head=spec.head_width)

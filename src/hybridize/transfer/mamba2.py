@@ -69,8 +69,9 @@ def carry_attention(
     geometry = attention.geometry
     num_heads, num_groups, width, num_states = _sizes(spec)
     inner_width = num_heads * width
-    check_width(place, "num_heads x head_width", inner_width, geometry.query_width, "query heads x head width")
-    check_width(place, "num_groups x head_width", num_groups * width, geometry.kv_width, "key/value heads x head width")
+    counts = {"num_heads": (num_heads, geometry.query_width), "num_groups": (num_groups, geometry.kv_width)}
+    for name, (count, channels) in counts.items():
+        check_width(place, name, count, channels // width, f"{channels} channels in heads of head_width {width}")
     slices = Slices()
     if init == "published":
         check_width(place, "num_heads x state_size", num_heads * num_states, inner_width, "query heads x head width")

@@ -14,17 +14,27 @@ all agree.
 from hybridize.spec import AttentionGeometry
 
 
-def check_slices(geometry: AttentionGeometry, state_size: int, place: str = "mixer.state_size") -> int:
+def check_slices(
+    geometry: AttentionGeometry,
+    state_size: int,
+    place: str = "mixer.state_size",
+    otherwise: str = "init 'published' or 'random'",
+) -> int:
     """Return the number of slices per head, D/N.
+
+    Args:
+        geometry: of the teacher's attention.
+        state_size: N.
+        place: what to call N in errors.
+        otherwise: what else may help.
 
     Raises:
         ValueError: N does not divide D.
     """
     if geometry.head_dim % state_size:
         raise ValueError(
-            f"{place}: {state_size} does not divide the teacher's head width {geometry.head_dim}, so no "
-            f"scan head can stand for a slice of a query head; use a divisor of {geometry.head_dim}, or "
-            "init 'published' or 'random'"
+            f"{place}: {state_size} does not divide the teacher's head width {geometry.head_dim}, so no head of the "
+            f"mixer can stand for a slice of a query head; use a divisor of {geometry.head_dim}, or {otherwise}"
         )
     return geometry.head_dim // state_size
 

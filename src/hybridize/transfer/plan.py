@@ -159,7 +159,10 @@ def plan_transfer(
     rule = RULES.get(type(spec))
     if rule is None and not isinstance(spec, SlidingWindowSpec | IdentitySpec):
         raise ValueError(f"{place}: a transfer makes a mixer, but the layer is to be {spec.type!r}; leave it out")
-    spec = spec.resolve(geometry)
+    try:
+        spec = spec.resolve(geometry)
+    except ValueError as error:
+        raise ValueError(f"{place}: {str(error).removeprefix('mixer: ')}") from None
     parts = [Projection(part) if isinstance(part, str) else part for part in projections]
     attention = AttentionTensors.of(geometry, source, parts, norms, norm_offset)
     known = (*attention.weights, *attention.biases, *attention.norms)

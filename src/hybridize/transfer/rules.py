@@ -3,17 +3,16 @@
 To add a mixer, add a row to `RULES`; `plan_transfer` reads this table and nothing else.
 """
 
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 from hybridize.spec import AttentionGeometry, GatedDeltaNetSpec, KimiDeltaAttentionSpec, Mamba1Spec, Mamba2Spec
 from hybridize.spec.base import Spec
+from hybridize.spec.stages.base import Init
 from hybridize.transfer import gated_delta_net, kimi_delta_attention, mamba1, mamba2
 from hybridize.transfer.attention import AttentionTensors
 from hybridize.transfer.expressions import Expression
 
-InitName = Literal["aligned", "neutral", "attention_gate", "published", "random"]
-
-INITS: tuple[str, ...] = get_args(InitName)
+INITS: tuple[str, ...] = get_args(Init)
 
 
 class TransferRule(Protocol):

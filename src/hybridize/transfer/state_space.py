@@ -8,7 +8,7 @@ is closed, the step size is 1 / memory at decay rate 1, and the gate is open whe
 from dataclasses import dataclass
 
 from hybridize.spec import AttentionGeometry, Mamba1Spec, Mamba2Spec
-from hybridize.transfer.attention import AttentionTensors
+from hybridize.transfer.attention import AttentionTensors, check_norm
 from hybridize.transfer.expressions import Blend, Constant, Expression, Fresh, Stack, Take
 from hybridize.transfer.neutral import newest_tap, open_silu, reorder_norm
 from hybridize.transfer.pairing import aligned_order
@@ -106,7 +106,8 @@ def carry_extras(
     if spec.output_bias and attention.o_bias:
         made["out_proj.bias"] = attention.o_bias
     if spec.qk_norm != "none" and attention.q_norm is not None and attention.k_norm is not None:
-        _check_norm(spec, attention.geometry, place)
+        assert spec.state_size is not None
+        check_norm(spec, spec.state_size, "state_size", attention.geometry, place)
         orders = (slices.C, slices.B) if spec.qk_norm == "width" else (None, None)
         made["q_norm.weight"] = reorder_norm(attention.q_norm, orders[0], slices.why)
         made["k_norm.weight"] = reorder_norm(attention.k_norm, orders[1], slices.why)
@@ -152,17 +153,4 @@ def check_width(place: str, name: str, width: int | None, expected: int, meaning
         raise ValueError(
             f"{place}.{name}: {width} differs from the teacher's {expected} ({meaning}), so attention's "
             f"weights do not fit; leave {name} open, or use init 'random'"
-        )
-
-
-def _check_norm(spec: Mamba1Spec | Mamba2Spec, geometry: AttentionGeometry, place: str) -> None:
-    if spec.qk_norm != geometry.qk_norm:
-        raise ValueError(
-            f"{place}.qk_norm: {spec.qk_norm!r} differs from the teacher's {geometry.qk_norm!r}, so its norms' weights "
-            "do not fit; leave qk_norm open, or set it to 'none'"
-        )
-    if spec.qk_norm == "head" and spec.state_size != geometry.head_dim:
-        raise ValueError(
-            f"{place}.qk_norm: the teacher normalises queries and keys over heads of width {geometry.head_dim}, but "
-            f"the mixer's have state_size {spec.state_size}; set that to {geometry.head_dim}, or qk_norm to 'none'"
         )

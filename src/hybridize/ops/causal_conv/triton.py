@@ -171,6 +171,7 @@ def _conv(
 ) -> Tensor:
     batch, length, num_inputs = x_BLX.shape
     x_BLX, weight_DK = _last_contiguous(x_BLX), weight_DK.contiguous()
+    bias_D = None if bias_D is None else bias_D.contiguous()
     y_BLD = x_BLX.new_empty(batch, length, num_inputs * times)
     _forward_kernel[_grid(batch, length, num_inputs)](
         x_BLX, weight_DK, weight_DK if bias_D is None else bias_D,
@@ -208,6 +209,7 @@ def _conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, num_inputs = x_BLX.shape
     dy_BLD, x_BLX, weight_DK = _last_contiguous(dy_BLD), _last_contiguous(x_BLX), weight_DK.contiguous()
+    bias_D = None if bias_D is None else bias_D.contiguous()
     starts = weight_DK if starts_BL is None else starts_BL.contiguous()
     grid = _grid(batch, length, num_inputs * times)
     dsum_BLD = x_BLX.new_empty(batch, length, num_inputs * times)
@@ -249,9 +251,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy_BLD: Tensor) -> tuple[Tensor | None, ...]:
-    bias_D = ctx.saved_tensors[2]
-    dx_BLX, dweight_DK, dbias_D = _conv_backward(dy_BLD, *ctx.saved_tensors, *ctx.options)
-    return dx_BLX, dweight_DK, None if bias_D is None else dbias_D, None, None, None, None
+    saved = ctx.saved_tensors  # once: checkpointing gives them out no more often
+    dx_BLX, dweight_DK, dbias_D = _conv_backward(dy_BLD, *saved, *ctx.options)
+    return dx_BLX, dweight_DK, None if saved[2] is None else dbias_D, None, None, None, None
 
 
 _conv.register_autograd(_backward, setup_context=_setup_context)

@@ -6,25 +6,15 @@ Legend: B batch, L length, H heads, G groups of heads, K width of queries and ke
 """
 
 from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hybridize.ops.fla_package import STRONGEST_DECAY, is_installed, sequence_bounds
+
 # The widest heads that the kernels take.
 _MAX_WIDTH = 256
-
-# The kernels subtract sums of the decays' logarithms over a chunk, in fp32, so that one strong decay costs the others
-# their digits: 0.5% of the result at -1e4, all of it at -1e7, and NaN at -inf. A decay of e^-40 forgets as well.
-_STRONGEST = -40.0
-
-
-@cache
-def is_installed() -> bool:
-    """Whether flash-linear-attention can be imported."""
-    return find_spec("fla") is not None and find_spec("einops") is not None
 
 
 def takes(q: Tensor, v: Tensor) -> bool:
@@ -44,12 +34,17 @@ def require(q_BLHK: Tensor) -> None:
     """Check that the kernels can be called at all, where somebody asks for them by name.
 
     Raises:
-        ValueError: the package is not installed, or the inputs are on another device.
+        ValueError: the package is not installed, or the inputs are on another device, in fp64, or too wide.
     """
     if not is_installed():
         raise ValueError("backend: 'fla' is not installed; run pip install 'hybridize[gpu]', or pass None")
     if q_BLHK.device.type != "cuda":
         raise ValueError(f"backend: 'fla' runs on CUDA, but q is on {q_BLHK.device}; pass None")
+    if q_BLHK.dtype == torch.float64 or q_BLHK.shape[-1] > _MAX_WIDTH:
+        raise ValueError(
+            f"backend: 'fla' takes no {q_BLHK.dtype} of width {q_BLHK.shape[-1]}, only up to fp32 and {_MAX_WIDTH}; "
+            "pass None"
+        )
 
 
 def call(
@@ -87,13 +82,19 @@ def call(
     batch, length, num_heads = q_BLHK.shape[:3]
     heads_per_group = num_heads // k_BLGK.shape[2]
     k_BLHK, v_BLHV = (tensor.to(q_BLHK.dtype).repeat_interleave(heads_per_group, dim=2) for tensor in (k_BLGK, v_BLGV))
-    tensors = {"q": q_BLHK, "k": k_BLHK, "v": v_BLHV, "g": g.float().clamp(min=_STRONGEST), "beta": beta_BLH.float()}
+    tensors = {
+        "q": q_BLHK,
+        "k": k_BLHK,
+        "v": v_BLHV,
+        "g": g.float().clamp(min=STRONGEST_DECAY),
+        "beta": beta_BLH.float(),
+    }
     state = None if initial_state_BHKV is None else initial_state_BHKV.float()
     options |= {"scale": scale, "output_final_state": True}
     if starts_BL is None:
         o_BLHV, state_BHKV = kernel(**tensors, initial_state=state, **options)
         return o_BLHV, state_BHKV
-    begins, first_documents, last_documents = _documents(starts_BL)
+    begins, first_documents, last_documents = sequence_bounds(starts_BL)
     states = None
     if state is not None:
         kept_BHKV = state.masked_fill(starts_BL[:, 0, None, None, None], 0.0)
@@ -131,14 +132,3 @@ def call_step(
     tensors = [tensor.unsqueeze(1) for tensor in (q_BHK, k_BGK, v_BGV, g, beta_BH)]
     o_B1HV, new_state_BHKV = call(kernel, *tensors, scale=scale, starts_BL=None, initial_state_BHKV=state_BHKV)
     return o_B1HV.squeeze(1), new_state_BHKV
-
-
-def _documents(starts_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each document begins in the flattened rows, with the end of all, and each row's first and last document."""
-    batch, length = starts_BL.shape
-    first_BL = starts_BL.clone()
-    first_BL[:, 0] = True
-    begins = first_BL.flatten().nonzero().flatten()
-    document_BL = (first_BL.flatten().cumsum(0) - 1).view(batch, length)
-    end = begins.new_tensor([batch * length])
-    return torch.cat([begins, end]), document_BL[:, 0].contiguous(), document_BL[:, -1].contiguous()

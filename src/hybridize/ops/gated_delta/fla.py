@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hybridize.ops.delta_rule import fla_kernels
+from hybridize.ops.fla_package import miscompiles_gradients
 
 
 def gated_delta_rule_fla(
@@ -71,16 +72,11 @@ def gated_delta_rule_step_fla(
     )
 
 
-@cache
 def _backward_is_refused(device: torch.device) -> bool:
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    from triton import __version__
-
-    version = tuple(int(part) for part in __version__.split("+")[0].split(".")[:3] if part.isdecimal())
-    return (3, 4) <= version < (3, 7, 1) and not _tilelang_takes_over()
+    return miscompiles_gradients(device) and not _tilelang_takes_over()
 
 
+@cache
 def _tilelang_takes_over() -> bool:
     """Whether the package will find tilelang and the compiler that it needs, and has not been told to pass it by."""
     toolkits = (os.environ.get("CUDA_HOME"), "/usr/local/cuda")

@@ -95,8 +95,10 @@ def _cut(shape: _Shape, batch: int, length: int, programs: int) -> _Cut:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """Make the axes after the second one contiguous."""
+    """Make the axes after the second one contiguous, and tokens so near that a segment's places fit into 32 bits."""
     expected = 1
+    if tensor.stride(1) >= 2**16:
+        return tensor.contiguous()
     for size, stride in zip(reversed(tensor.shape[2:]), reversed(tensor.stride()[2:]), strict=True):
         if size > 1 and stride != expected:
             return tensor.contiguous()

@@ -81,13 +81,14 @@ def ssd(
         raise ValueError(f"x_BLGP: dtype {x_BLGP.dtype} is not a float; pass fp32, bf16, fp16 or fp64")
     if starts_BL is not None and starts_BL.dtype != torch.bool:
         raise ValueError(f"starts_BL: dtype {starts_BL.dtype}; pass a bool tensor, True at each first token")
-    if A_H.device.type == "cpu" and bool((A_H > 0).any()):  # on a GPU the question would stall it
+    # On a GPU the question would stall it.
+    if A_H.device.type == "cpu" and not torch.compiler.is_compiling() and bool((A_H > 0).any()):
         raise ValueError("A_H: has positive entries, a growing state; pass -exp(A_log)")
     tensors = (x_BLGP, dt_BLH, A_H, B_BLGN, C_BLHN, D_H, dt_bias_H, initial_state_BHPN)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if backend is None:
-        backend = "chunked" if fla_refuses(x_BLGP, differentiable) else "fla"
-    elif backend == "fla" and (reason := fla_refuses(x_BLGP, differentiable)):
+        backend = "chunked" if fla_refuses(x_BLGP, B_BLGN.shape[3], differentiable) else "fla"
+    elif backend == "fla" and (reason := fla_refuses(x_BLGP, B_BLGN.shape[3], differentiable)):
         raise ValueError(f"backend: 'fla' cannot serve here, since {reason}; use 'chunked' or None")
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is unknown; use one of {', '.join(BACKENDS)}, or None")

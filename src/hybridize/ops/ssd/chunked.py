@@ -208,7 +208,8 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BLHP: Tensor, dstate_BHPN: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, kept = Inputs(*ctx.saved_tensors[:7]), ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors  # once: checkpointing gives them out no more often
+        inputs, kept = Inputs(*saved[:7]), saved[7:]
         plan = plan_scan(inputs.x, inputs.C)
         heads = inputs.A.unflatten(0, (plan.num_groups, -1))
         grads = _Gradients(

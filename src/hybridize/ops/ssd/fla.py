@@ -8,50 +8,31 @@ Legend: B batch, L length, H heads, G groups of heads, P channels of a head, N s
 are documents or parts of them within one row.
 """
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from hybridize.ops.fla_package import STRONGEST_DECAY, is_installed, miscompiles_gradients, sequence_bounds
 from hybridize.ops.ssd.step_sizes import step_sizes
 
 
-@functools.cache
-def _gradients_are_wrong(device_index: int) -> bool:
-    """Whether Triton miscompiles the kernel of the decays' gradient there; fla itself refuses to run it then.
-
-    The bug is in Triton from 3.4.0 on, before 3.7.1, on Hopper (fla-org/flash-linear-attention issue 640).
-    """
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device_index)[0] != 9:
-        return False
-    import triton
-
-    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3] if part.isdecimal())
-    return (3, 4) <= version < (3, 7, 1)
-
-
-@functools.cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("fla") is not None and importlib.util.find_spec("triton") is not None
-
-
-def fla_refuses(x_BLGP: Tensor, differentiable: bool) -> str:
+def fla_refuses(x_BLGP: Tensor, num_states: int, differentiable: bool) -> str:
     """Why the kernels cannot serve, as the end of a sentence; empty if they can.
 
     Args:
         x_BLGP: the scan's x.
+        num_states: N.
         differentiable: whether gradients are asked for.
     """
     if x_BLGP.device.type != "cuda":
         return f"x lies on {x_BLGP.device.type}, and its kernels run on cuda"
-    if not _is_installed():
+    if not is_installed():
         return "package fla-core is not installed (it comes with hybridize[gpu])"
     if x_BLGP.dtype not in (torch.bfloat16, torch.float16):
         return "its kernels are for bf16 and fp16; they would multiply fp32 numbers as TF32"
-    if differentiable and _gradients_are_wrong(x_BLGP.device.index or 0):
+    if differentiable and miscompiles_gradients(x_BLGP.device):
         return "its gradients need Triton 3.7.1 or newer on Hopper"
+    if differentiable and (x_BLGP.shape[-1] % 2 or num_states % 2):
+        return "its gradients need even widths"
     return ""
 
 
@@ -86,7 +67,7 @@ def ssd_fla(
             C_BLHN.to(x_BLGP.dtype),
             B_BLGN.to(x_BLGP.dtype).repeat_interleave(heads_per_group, dim=2),
             (delta_BLH.unsqueeze(-1) * x_BLHP).to(x_BLGP.dtype),
-            delta_BLH * A_H.float(),
+            (delta_BLH * A_H.float()).clamp(min=STRONGEST_DECAY),
         )
         initial_BHPN = None if initial_state_BHPN is None else initial_state_BHPN.float()
         if starts_BL is None:
@@ -97,7 +78,7 @@ def ssd_fla(
                 output_final_state=True,
             )
         else:
-            bounds_S1, first_B = _bounds(starts_BL)
+            bounds_S1, first_B, last_B = sequence_bounds(starts_BL)
             initial_SHNP = None
             if initial_BHPN is not None:
                 going_on_BHPN = initial_BHPN.masked_fill(starts_BL[:, 0, None, None, None], 0.0)
@@ -111,18 +92,7 @@ def ssd_fla(
                 cu_seqlens=bounds_S1,
             )
             y_BLHP = y_1THP.unflatten(1, (batch, length)).squeeze(0)
-            state_BHNP = state_SHNP.index_select(0, pad(first_B[1:] - 1, (0, 1), value=len(bounds_S1) - 2))
+            state_BHNP = state_SHNP.index_select(0, last_B)
         if D_H is not None:
             y_BLHP = torch.addcmul(y_BLHP.float(), x_BLHP.float(), D_H.float().unsqueeze(-1)).to(x_BLGP.dtype)
         return y_BLHP, state_BHNP.transpose(2, 3).contiguous()
-
-
-def _bounds(starts_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """The sequences' bounds in the batch as one row, [S + 1], and each batch row's first sequence, [B].
-
-    A row of the batch begins a sequence, whether a document starts there or not.
-    """
-    begins_BL = starts_BL.clone()
-    begins_BL[:, 0] = True
-    bounds_S1 = pad(begins_BL.flatten().nonzero().squeeze(-1), (0, 1), value=begins_BL.numel())
-    return bounds_S1, pad(begins_BL.sum(dim=1).cumsum(dim=0)[:-1], (1, 0))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from hybridize.spec.base import Spec, explain
 
@@ -102,10 +102,62 @@ class CarriesAttention(Mixer):
         }
 
 
-def check_steps(dt_min: float, dt_max: float) -> None:
-    """Raise a `ValueError` if the range of initial step sizes is empty."""
-    if dt_min > dt_max:
-        raise ValueError(f"dt_min {dt_min} exceeds dt_max {dt_max}; swap them")
+class TakesSteps(CarriesAttention):
+    """A mixer whose decays come from step sizes that it computes for each token.
+
+    Attributes:
+        dt_min: smallest initial step size, in tokens.
+        dt_max: largest initial step size, in tokens.
+        dt_init_floor: initial step sizes are clamped to at least this.
+    """
+
+    dt_min: float = Field(default=1e-3, gt=0)
+    dt_max: float = Field(default=1e-1, gt=0)
+    dt_init_floor: float = Field(default=1e-4, gt=0)
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min {self.dt_min} exceeds dt_max {self.dt_max}; swap them")
+        return self
+
+
+class HasHeads(TakesSteps):
+    """A mixer of heads, some of them sharing keys and values, whose convolution runs over all that enters the state.
+
+    Attributes:
+        num_heads: H; default: so many that all of the teacher's query channels have their place.
+        num_groups: G, groups of heads that share what stands for keys and values; default: likewise for the teacher's.
+        conv_kernel: taps of the causal depthwise convolution on what stands for queries, keys and values.
+        conv_activation: what follows the convolution.
+        decay_min: smallest initial decay rate, per unit of step size.
+        decay_max: largest initial decay rate.
+    """
+
+    num_heads: int | None = Field(default=None, gt=0)
+    num_groups: int | None = Field(default=None, gt=0)
+    conv_kernel: int = Field(default=4, ge=2)
+    conv_activation: Literal["silu", "none"] = "silu"
+    decay_min: float = Field(default=1.0, gt=0)
+    decay_max: float = Field(default=16.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.decay_min > self.decay_max:
+            raise ValueError(f"decay_min {self.decay_min} exceeds decay_max {self.decay_max}; swap them")
+        check_multiples({"num_heads": self.num_heads}, "num_groups", self.num_groups)
+        return self
+
+    def _head_counts(self, geometry: AttentionGeometry, width: int) -> dict[str, int]:
+        """Heads and groups of `width` channels each, for all of the teacher's.
+
+        Raises:
+            ValueError: the width does not divide the teacher's.
+        """
+        if self.num_heads is None or self.num_groups is None:
+            widths = {"the query width": geometry.query_width, "the key/value width": geometry.kv_width}
+            check_multiples(widths, "head_width", width)
+        return {"num_heads": geometry.query_width // width, "num_groups": geometry.kv_width // width}
 
 
 def check_multiples(sizes: Mapping[str, int | None], divisor_name: str, divisor: int | None) -> None:

@@ -4,10 +4,10 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from hybridize.spec.mixers.base import AttentionGeometry, CarriesAttention, check_multiples, check_steps
+from hybridize.spec.mixers.base import AttentionGeometry, HasHeads, TakesSteps, check_multiples
 
 
-class Mamba1Spec(CarriesAttention):
+class Mamba1Spec(TakesSteps):
     """The paper's mixer: a Mamba-1 selective scan with per-head B and C (arXiv 2511.02651, 2312.00752).
 
     Attributes:
@@ -17,9 +17,6 @@ class Mamba1Spec(CarriesAttention):
         dt_rank: rank of the step-size projection; default ceil(hidden_size / 16), as in Mamba.
         conv_kernel: taps of the causal depthwise convolution on x.
         dt_bias_mode: `single` adds the step-size bias once; `double` twice, as published checkpoints expect.
-        dt_min: smallest initial step size, in tokens.
-        dt_max: largest initial step size, in tokens.
-        dt_init_floor: initial step sizes are clamped to at least this.
     """
 
     letter: ClassVar[str] = "m"
@@ -30,13 +27,9 @@ class Mamba1Spec(CarriesAttention):
     dt_rank: int | None = Field(default=None, gt=0)
     conv_kernel: int = Field(default=4, ge=2)
     dt_bias_mode: Literal["single", "double"] = "single"
-    dt_min: float = Field(default=1e-3, gt=0)
-    dt_max: float = Field(default=1e-1, gt=0)
-    dt_init_floor: float = Field(default=1e-4, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_steps(self.dt_min, self.dt_max)
         check_multiples({"d_inner": self.d_inner, "d_xb": self.d_xb}, "state_size", self.state_size)
         check_multiples({"d_inner": self.d_inner}, "d_xb", self.d_xb)
         return self
@@ -72,7 +65,7 @@ class Mamba1Spec(CarriesAttention):
         return self._filled(sizes)
 
 
-class Mamba2Spec(CarriesAttention):
+class Mamba2Spec(HasHeads):
     """Mamba-2, a selective state space with one decay per head (SSD, arXiv 2405.21060), with C per head.
 
     A head has `head_width` channels and a state of `head_width` x `state_size`. As in the paper's Mamba-1, x and B
@@ -81,40 +74,14 @@ class Mamba2Spec(CarriesAttention):
     Attributes:
         state_size: N, width of B and C; default: the teacher's head_dim.
         head_width: P, channels of a head; default: `state_size`.
-        num_heads: H; default: so many that all of the teacher's query channels have their place.
-        num_groups: G, groups of heads that share x and B; default: likewise for its keys and values.
-        conv_kernel: taps of the causal depthwise convolution on x, B and C.
-        conv_activation: what follows the convolution.
         gate_norm: an RMS norm, per head, of the gated output, before the output projection.
-        decay_min: smallest initial decay rate -A, per unit of step size.
-        decay_max: largest initial decay rate.
-        dt_min: smallest initial step size, in tokens.
-        dt_max: largest initial step size, in tokens.
-        dt_init_floor: initial step sizes are clamped to at least this.
     """
 
     letter: ClassVar[str] = "2"
     type: Literal["mamba2"] = "mamba2"
     state_size: int | None = Field(default=None, gt=0)
     head_width: int | None = Field(default=None, gt=0)
-    num_heads: int | None = Field(default=None, gt=0)
-    num_groups: int | None = Field(default=None, gt=0)
-    conv_kernel: int = Field(default=4, ge=2)
-    conv_activation: Literal["silu", "none"] = "silu"
     gate_norm: bool = True
-    decay_min: float = Field(default=1.0, gt=0)
-    decay_max: float = Field(default=16.0, gt=0)
-    dt_min: float = Field(default=1e-3, gt=0)
-    dt_max: float = Field(default=1e-1, gt=0)
-    dt_init_floor: float = Field(default=1e-4, gt=0)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        check_steps(self.dt_min, self.dt_max)
-        if self.decay_min > self.decay_max:
-            raise ValueError(f"decay_min {self.decay_min} exceeds decay_max {self.decay_max}; swap them")
-        check_multiples({"num_heads": self.num_heads}, "num_groups", self.num_groups)
-        return self
 
     def resolve(self, geometry: AttentionGeometry) -> Self:
         """Return the spec with every size filled in from the teacher's attention.
@@ -124,15 +91,11 @@ class Mamba2Spec(CarriesAttention):
         """
         state_size = self.state_size or geometry.head_dim
         width = self.head_width or state_size
-        if self.num_heads is None or self.num_groups is None:
-            widths = {"the query width": geometry.query_width, "the key/value width": geometry.kv_width}
-            check_multiples(widths, "head_width", width)
         return self._filled(
             {
                 "state_size": state_size,
                 "head_width": width,
-                "num_heads": geometry.query_width // width,
-                "num_groups": geometry.kv_width // width,
+                **self._head_counts(geometry, width),
                 **self._attention_sizes(geometry),
             }
         )

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from hybridize.spec.layout import LayoutSpec
-from hybridize.spec.mixers import AttentionSpec, MixerSpec, parse_mixer
+from hybridize.spec.mixers import AttentionSpec, KimiDeltaAttentionSpec, MixerSpec, parse_mixer
 from hybridize.spec.stages.base import TEACHER, MixedStage
 
 
@@ -43,15 +43,17 @@ class ConvertStage(MixedStage):
     @field_validator("layout", mode="before")
     @classmethod
     def _layers_by_name(cls, value: object) -> object:
-        if isinstance(value, list | tuple):
-            return tuple(parse_mixer(item) if isinstance(item, str) else item for item in value)
-        return value
+        if value is None or isinstance(value, str):
+            return value
+        if not isinstance(value, list | tuple) or not value:
+            raise ValueError("write one letter a layer, in quotes where all are digits, or a list of mixers")
+        return tuple(parse_mixer(item, f"layout[{layer}]") for layer, item in enumerate(value))
 
     @field_validator("blocks", mode="before")
     @classmethod
     def _blocks_by_name(cls, value: object) -> object:
         if isinstance(value, dict):
-            return {name: parse_mixer(item) if isinstance(item, str) else item for name, item in value.items()}
+            return {str(name): parse_mixer(item, f"blocks.{name}") for name, item in value.items()}
         return value
 
     @model_validator(mode="after")
@@ -66,6 +68,11 @@ class ConvertStage(MixedStage):
             raise ValueError("blocks: they say what letters of a layout mean; give a layout of letters")
         if isinstance(self.layout, str):
             LayoutSpec.read(self.layout, self.blocks)
+        if self.init == "attention_gate" and any(isinstance(mixer, KimiDeltaAttentionSpec) for mixer in self.made):
+            raise ValueError(
+                "init: attention_gate makes the output gate of the output projection, but Kimi delta attention's gate "
+                "is of low rank; use neutral"
+            )
         return self
 
     @property
@@ -90,7 +97,7 @@ class ConvertStage(MixedStage):
     @property
     def made_of(self) -> str:
         """The kinds of mixers that replace attention, in words, e.g. `mamba1` or `2 mamba1, 3 identity`."""
-        kinds = [mixer.type for mixer in self.made] or [self.mixer.type]
+        kinds = [mixer.type for mixer in self.made] or ["attention" if self.layout is not None else self.mixer.type]
         counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
         return kinds[0] if len(counts) == 1 else ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
