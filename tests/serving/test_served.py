@@ -1,7 +1,8 @@
 """Hybrids in vLLM on the CPU: token for token what transformers generates, in whatever company and however cut up."""
 
 import shutil
-from types import SimpleNamespace
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -127,9 +128,10 @@ def test_other_releases_of_vllm_are_refused(make_served, tmp_path):
 
 @needs_vllm
 def test_a_page_too_small_for_the_state_is_refused():
-    from hybridize.serving.layers import ServedMixer
-
-    layer = SimpleNamespace(page_bytes=4096)
-    small = SimpleNamespace(cache_config=SimpleNamespace(mamba_page_size_padded=1024))
-    with pytest.raises(ValueError, match=r"1024 bytes, .* takes 4096; leave --block-size"):
-        ServedMixer.get_kv_cache_spec(layer, small)
+    code = (
+        "from types import SimpleNamespace as S; from hybridize.serving.layers import ServedMixer;"
+        "ServedMixer.get_kv_cache_spec(S(page_bytes=4096), S(cache_config=S(mamba_page_size_padded=1024)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ValueError: mamba_page_size_padded: a page of the cache has 1024 bytes" in done.stderr
+    assert "takes 4096; leave --block-size" in done.stderr

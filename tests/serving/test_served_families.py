@@ -19,6 +19,7 @@ SERVED = (
 WORD = "mSsa" if takes_sinks() else "mssa"
 # What vLLM does otherwise than transformers, or refuses, for the teacher too, is switched off.
 CHANGES = {
+    "qwen3_moe": {"moe_intermediate_size": 64},
     "qwen2": {"use_sliding_window": False},
     "qwen3": {"use_sliding_window": False, "attention_bias": False},
     "cohere2": {"layer_types": [FULL] * 4},
@@ -27,7 +28,7 @@ CHANGES = {
 
 def make_hybrid(model_type, folder):
     """A tiny hybrid of a family, as large as vLLM's kernels for the CPU want it."""
-    fields = {"hidden_size": 128, "head_dim": 32, "initializer_range": 0.1, "vocab_size": 101}
+    fields = {"hidden_size": 128, "intermediate_size": 64, "head_dim": 32, "initializer_range": 0.1, "vocab_size": 101}
     teacher = tiny_families.build_teacher(model_type, **fields | CHANGES.get(model_type, {}))
     blocks = {letter: LETTERS[letter] for letter in WORD if letter in LETTERS}
     hybrid = convert_model(teacher, LayoutSpec.read(WORD, blocks))
