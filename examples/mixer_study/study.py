@@ -58,8 +58,8 @@ for kind in ("mamba1", "mamba2", "gated_delta_net", "kimi_delta_attention"):
     _add(2, f"{kind}, neutral, fit", {"type": kind}, "neutral", "half", 100)
 _add(1, "mamba1, N 32, aligned", {"type": "mamba1", "state_size": 32})
 _add(1, "mamba2, N 16, aligned", {"type": "mamba2", "state_size": 16})
-_add(1, "gated_delta_net, K 16, aligned", {"type": "gated_delta_net", "head_width": 16})
-_add(1, "kimi_delta_attention, K 16, aligned", {"type": "kimi_delta_attention", "head_width": 16})
+_add(1, "gated_delta_net, K 16, aligned", {"type": "gated_delta_net", "head_dim": 16})
+_add(1, "kimi_delta_attention, K 16, aligned", {"type": "kimi_delta_attention", "head_dim": 16})
 _add(1, "mamba2, no gate norm, aligned", {"type": "mamba2", "gate_norm": False})
 _add(
     2, "mamba2, no gate norm, neutral, gate bias", {"type": "mamba2", "gate_norm": False, "gate_bias": True}, "neutral"

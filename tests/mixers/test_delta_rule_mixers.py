@@ -64,7 +64,7 @@ def rms(tensor: Tensor, weight: Tensor, eps: float) -> Tensor:
 def paper(mixer: DeltaRuleMixer, hidden_LE: Tensor) -> Tensor:
     """One document, token by token and head by head, from the papers' formulas alone."""
     spec, weights = mixer.spec, dict(mixer.named_parameters())
-    width, heads, groups = mixer.head_width, mixer.num_heads, mixer.num_groups
+    width, heads, groups = mixer.head_dim, mixer.num_heads, mixer.num_groups
 
     def project(name: str, inputs: Tensor = hidden_LE) -> Tensor:
         out = inputs @ weights[f"{name}.weight"].T
@@ -135,7 +135,7 @@ def test_forward_equals_the_paper(kind: str, length: int) -> None:
         pytest.param({"gate": "none", "output_norm": False, "output_bias": False}, id="no gate, no norm"),
         pytest.param({"gate": "silu"}, id="silu"),
         pytest.param({"gate": "sigmoid", "qk_norm": "none"}, id="sigmoid"),
-        pytest.param({"head_width": 3}, id="half heads"),
+        pytest.param({"head_dim": 3}, id="half heads"),
         pytest.param({"num_heads": 6, "num_groups": 3}, id="other numbers of heads"),
     ],
 )

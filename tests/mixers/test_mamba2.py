@@ -17,7 +17,7 @@ GEOMETRY = AttentionGeometry(hidden_size=HIDDEN, num_heads=6, num_kv_heads=2, he
 EXACT = {"rtol": 1e-11, "atol": 1e-12}
 BARE: dict[str, Any] = {"conv_activation": "none", "gate_norm": False}
 FULL: dict[str, Any] = {"qkv_bias": True, "output_bias": True, "qk_norm": "head", "norm_eps": 0.1, "gate_bias": True}
-WIDE: dict[str, Any] = {**FULL, "qk_norm": "width", "head_width": 3, "num_heads": 6, "num_groups": 2}
+WIDE: dict[str, Any] = {**FULL, "qk_norm": "width", "head_dim": 3, "num_heads": 6, "num_groups": 2}
 VARIANTS = [{}, BARE, FULL, WIDE]
 NAMES = ["plain", "bare", "full", "wide"]
 
@@ -51,7 +51,7 @@ def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def paper(mixer: Mamba2Mixer, hidden_LE: Tensor) -> Tensor:
     """One document, token by token and head by head, from the formula alone."""
     spec, weights = mixer.spec, mixer.state_dict()
-    heads, groups, width, states = spec.num_heads, spec.num_groups, spec.head_width, spec.state_size
+    heads, groups, width, states = spec.num_heads, spec.num_groups, spec.head_dim, spec.state_size
     z_rows, rest, dt_rows = (hidden_LE @ weights["in_proj.weight"].t()).split(
         [heads * width, groups * (width + states) + heads * states, heads], dim=-1
     )

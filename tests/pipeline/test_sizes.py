@@ -38,8 +38,8 @@ def test_counts_match_the_modules(kind, fields):
     [
         {"type": "mamba1", "state_size": 8, "dt_rank": 5},
         {"type": "mamba2", "state_size": 8, "gate_norm": False},
-        {"type": "mamba2", "state_size": 16, "head_width": 8},
-        {"type": "gated_delta_net", "head_width": 8, "gate": "none"},
+        {"type": "mamba2", "state_size": 16, "head_dim": 8},
+        {"type": "gated_delta_net", "head_dim": 8, "gate": "none"},
         {"type": "gated_delta_net", "output_norm": False},
         {"type": "kimi_delta_attention", "gate_rank": 3, "output_norm": False},
     ],

@@ -21,8 +21,8 @@ FULL = {"qkv_bias": True, "output_bias": True, "qk_norm": "head", "gate_bias": T
 SPECS = {
     "mamba1": Mamba1Spec(state_size=3, **PLAIN),
     "mamba1-full": Mamba1Spec(state_size=3, **FULL),
-    "mamba2": Mamba2Spec(head_width=6, state_size=5, **PLAIN),
-    "mamba2-full": Mamba2Spec(head_width=6, state_size=3, **FULL),
+    "mamba2": Mamba2Spec(head_dim=6, state_size=5, **PLAIN),
+    "mamba2-full": Mamba2Spec(head_dim=6, state_size=3, **FULL),
     "gated_delta_net": GatedDeltaNetSpec(**PLAIN),
     "gated_delta_net-full": GatedDeltaNetSpec(**FULL),
     "gated_delta_net-ungated": GatedDeltaNetSpec(gate="none", output_norm=False, **PLAIN),

@@ -117,19 +117,19 @@ def test_letters_stand_for_one_mixer_each():
 
 def test_heads_of_mamba2_and_the_delta_rules_are_the_teachers_or_slices_of_them():
     mamba2 = Mamba2Spec().resolve(PAPER)
-    assert (mamba2.state_size, mamba2.head_width, mamba2.num_heads, mamba2.num_groups) == (128, 128, 32, 8)
+    assert (mamba2.state_size, mamba2.head_dim, mamba2.num_heads, mamba2.num_groups) == (128, 128, 32, 8)
     sliced = Mamba2Spec(state_size=16).resolve(PAPER)
-    assert (sliced.state_size, sliced.head_width, sliced.num_heads, sliced.num_groups) == (16, 16, 256, 64)
+    assert (sliced.state_size, sliced.head_dim, sliced.num_heads, sliced.num_groups) == (16, 16, 256, 64)
     delta = GatedDeltaNetSpec().resolve(PAPER)
-    assert (delta.head_width, delta.num_heads, delta.num_groups) == (128, 32, 8)
-    kimi = KimiDeltaAttentionSpec(head_width=32).resolve(PAPER)
-    assert (kimi.head_width, kimi.num_heads, kimi.num_groups, kimi.gate_rank) == (32, 128, 32, 32)
+    assert (delta.head_dim, delta.num_heads, delta.num_groups) == (128, 32, 8)
+    kimi = KimiDeltaAttentionSpec(head_dim=32).resolve(PAPER)
+    assert (kimi.head_dim, kimi.num_heads, kimi.num_groups, kimi.gate_rank) == (32, 128, 32, 32)
 
 
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        (Mamba2Spec, {"head_width": 48}, "the query width 4096 is not a multiple of head_width 48; change one"),
+        (Mamba2Spec, {"head_dim": 48}, "the query width 4096 is not a multiple of head_dim 48; change one"),
         (GatedDeltaNetSpec, {"num_heads": 6, "num_groups": 4}, "num_heads 6 is not a multiple of num_groups 4"),
         (KimiDeltaAttentionSpec, {"dt_min": 1.0}, "dt_min 1.0 exceeds dt_max 0.1; swap them"),
         (Mamba2Spec, {"decay_min": 20}, "decay_min 20.0 exceeds decay_max 16.0; swap them"),

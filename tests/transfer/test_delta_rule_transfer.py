@@ -98,7 +98,7 @@ def assert_is_linear_attention(geometry: AttentionGeometry, spec: Any) -> None:
     sources = draw_attention(geometry)
     plan = plan_for(geometry, spec, "neutral")
     mixer = build(plan, sources)
-    width = plan.spec.head_width
+    width = plan.spec.head_dim
     hidden_BLE = torch.randn(2, 70, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
     teacher = [head // geometry.group_size for head in range(geometry.num_heads)]
     expected_memories = [16 * 256 ** ((head % 3 * 2 + head // 3) / 5) for head in range(6)]
@@ -118,28 +118,28 @@ PLAIN_READING = {"conv_activation": "none", "l2_norm": False, "output_norm": Fal
 
 
 @both_kinds
-@pytest.mark.parametrize("head_width", [8, 4, 2])
+@pytest.mark.parametrize("head_dim", [8, 4, 2])
 @pytest.mark.parametrize(
     ("gate", "gate_bias"), [("silu", True), ("sigmoid", True), ("sigmoid", False), ("none", False)]
 )
-def test_neutral_transfer_is_fading_linear_attention(kind: str, head_width: int, gate: str, gate_bias: bool) -> None:
-    spec = SPECS[kind](head_width=head_width, gate=gate, gate_bias=gate_bias, **PLAIN_READING)
+def test_neutral_transfer_is_fading_linear_attention(kind: str, head_dim: int, gate: str, gate_bias: bool) -> None:
+    spec = SPECS[kind](head_dim=head_dim, gate=gate, gate_bias=gate_bias, **PLAIN_READING)
     assert_is_linear_attention(PLAIN, spec)
 
 
 @both_kinds
-@pytest.mark.parametrize(("qk_norm", "head_width"), [("none", 8), ("head", 8), ("width", 8), ("width", 4)])
-def test_neutral_transfer_carries_biases_and_norms(kind: str, qk_norm: str, head_width: int) -> None:
+@pytest.mark.parametrize(("qk_norm", "head_dim"), [("none", 8), ("head", 8), ("width", 8), ("width", 4)])
+def test_neutral_transfer_carries_biases_and_norms(kind: str, qk_norm: str, head_dim: int) -> None:
     geometry = AttentionGeometry(**SIZES, qkv_bias=True, output_bias=True, qk_norm=qk_norm, norm_eps=1e-3)
-    assert_is_linear_attention(geometry, SPECS[kind](head_width=head_width, gate="sigmoid", **PLAIN_READING))
+    assert_is_linear_attention(geometry, SPECS[kind](head_dim=head_dim, gate="sigmoid", **PLAIN_READING))
 
 
 @both_kinds
-@pytest.mark.parametrize(("qk_norm", "head_width"), [("head", 8), ("width", 4)])
-def test_what_the_teachers_norms_add_to_their_weight_is_carried_too(kind: str, qk_norm: str, head_width: int) -> None:
+@pytest.mark.parametrize(("qk_norm", "head_dim"), [("head", 8), ("width", 4)])
+def test_what_the_teachers_norms_add_to_their_weight_is_carried_too(kind: str, qk_norm: str, head_dim: int) -> None:
     geometry = AttentionGeometry(**SIZES, qk_norm=qk_norm)
     sources = draw_attention(geometry)
-    spec = SPECS[kind](head_width=head_width)
+    spec = SPECS[kind](head_dim=head_dim)
     made = plan_for(geometry, spec, "aligned", target="m", norm_offset=1.0).apply(sources)
     plain = plan_for(geometry, spec, "aligned", target="m").apply(sources)
     for name in ("q_norm.weight", "k_norm.weight"):
@@ -152,16 +152,16 @@ def test_what_the_teachers_norms_add_to_their_weight_is_carried_too(kind: str, q
 
 
 @both_kinds
-@pytest.mark.parametrize("head_width", [8, 4])
-def test_aligned_transfer_keeps_gates_and_decays_of_the_constructor(kind: str, head_width: int) -> None:
+@pytest.mark.parametrize("head_dim", [8, 4])
+def test_aligned_transfer_keeps_gates_and_decays_of_the_constructor(kind: str, head_dim: int) -> None:
     sources = draw_attention(PLAIN)
-    plan = plan_for(PLAIN, SPECS[kind](head_width=head_width), "aligned", target="m")
+    plan = plan_for(PLAIN, SPECS[kind](head_dim=head_dim), "aligned", target="m")
     made = plan.apply(sources)
-    random = plan_for(PLAIN, SPECS[kind](head_width=head_width), "random", target="m").apply(sources)
+    random = plan_for(PLAIN, SPECS[kind](head_dim=head_dim), "random", target="m").apply(sources)
     carried = {f"m.{name}_proj.weight" for name in "qkvo"}
     assert {name for name in made if not torch.equal(made[name].float(), random[name])} == carried
     order = range(48)
-    if head_width == 4:
+    if head_dim == 4:
         order = [
             head * 8 + half * 4 + channel
             for kv_head in range(2)
@@ -173,7 +173,7 @@ def test_aligned_transfer_keeps_gates_and_decays_of_the_constructor(kind: str, h
     assert torch.equal(made["m.o_proj.weight"], sources["self_attn.o_proj.weight"][:, list(order)])
     for name in ("k_proj", "v_proj"):
         assert torch.equal(made[f"m.{name}.weight"], sources[f"self_attn.{name}.weight"])
-    heads = 6 * 8 // head_width
+    heads = 6 * 8 // head_dim
     assert f"{heads} of {heads} heads pair the same slice" in plan.note
 
 
@@ -221,8 +221,8 @@ def test_published_transfer_sets_what_public_code_sets() -> None:
 @both_kinds
 def test_neutral_memories_are_log_uniform_over_heads_and_spread_over_every_group(kind: str) -> None:
     geometry = AttentionGeometry(hidden_size=64, num_heads=32, num_kv_heads=8, head_dim=4)
-    for head_width, slices in ((4, 1), (2, 2)):
-        plan = plan_for(geometry, SPECS[kind](head_width=head_width), "neutral", target="m")
+    for head_dim, slices in ((4, 1), (2, 2)):
+        plan = plan_for(geometry, SPECS[kind](head_dim=head_dim), "neutral", target="m")
         made = plan.apply(draw_attention(geometry))
         steps = softplus(made["m.dt_bias"].double()).view(32 * slices, -1)
         memories = 1 / (steps * made["m.A_log"].double().exp()[:, None])
@@ -250,15 +250,15 @@ def test_a_silu_gate_without_a_bias_stays_the_constructors(kind: str) -> None:
     torch.testing.assert_close(silu(opened["m.gate_bias"].double()), torch.ones(48, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("head_width", [8, 4])
-def test_attention_gate_is_half_the_output_and_half_the_values_each_in_its_place(head_width: int) -> None:
+@pytest.mark.parametrize("head_dim", [8, 4])
+def test_attention_gate_is_half_the_output_and_half_the_values_each_in_its_place(head_dim: int) -> None:
     sources = draw_attention(PLAIN)
-    spec = GatedDeltaNetSpec(head_width=head_width, gate_bias=True)
+    spec = GatedDeltaNetSpec(head_dim=head_dim, gate_bias=True)
     made = plan_for(PLAIN, spec, "attention_gate", target="m").apply(sources)
     neutral = plan_for(PLAIN, spec, "neutral", target="m").apply(sources)
     assert {name for name in made if not torch.equal(made[name], neutral[name])} == {"m.g_proj.weight"}
-    values = made["m.v_proj.weight"].view(-1, head_width, 24)
-    groups = torch.arange(48 // head_width) // 3
+    values = made["m.v_proj.weight"].view(-1, head_dim, 24)
+    groups = torch.arange(48 // head_dim) // 3
     expected = 0.5 * (made["m.o_proj.weight"].T + values[groups].reshape(48, 24))
     torch.testing.assert_close(made["m.g_proj.weight"].double(), expected)
 
@@ -306,9 +306,9 @@ def test_rows_of_a_fused_projection_are_reordered_too(kind: str) -> None:
         Projection("qkv", tuple(range(16)), "values"),
         Projection("o_proj"),
     )
-    plan = plan_for(PLAIN, SPECS[kind](head_width=4), "neutral", projections=parts)
+    plan = plan_for(PLAIN, SPECS[kind](head_dim=4), "neutral", projections=parts)
     got = plan.apply({"self_attn.qkv.weight": fused, "self_attn.o_proj.weight": sources["self_attn.o_proj.weight"]})
-    expected = plan_for(PLAIN, SPECS[kind](head_width=4), "neutral").apply(sources)
+    expected = plan_for(PLAIN, SPECS[kind](head_dim=4), "neutral").apply(sources)
     for name, tensor in expected.items():
         assert torch.equal(got[name], tensor), name
 
@@ -330,10 +330,10 @@ def test_plan_reads_like_sentences() -> None:
 @pytest.mark.parametrize(
     ("changes", "init", "message"),
     [
-        ({"head_width": 3, "num_heads": 16, "num_groups": 8}, "aligned", r"layer.head_width: 3 does not divide the te"),
-        ({"num_heads": 12}, "aligned", r"layer.num_heads: 12 x head_width 8 differs from the teacher's 48 channels"),
-        ({"num_groups": 3}, "neutral", r"layer.num_groups: 3 x head_width 8 differs from .* leave num_groups open"),
-        ({"head_width": 4}, "published", r"layer.head_width: 4 differs from the teacher's 8, .* leave head_width open"),
+        ({"head_dim": 3, "num_heads": 16, "num_groups": 8}, "aligned", r"layer.head_dim: 3 does not divide the te"),
+        ({"num_heads": 12}, "aligned", r"layer.num_heads: 12 x head_dim 8 differs from the teacher's 48 channels"),
+        ({"num_groups": 3}, "neutral", r"layer.num_groups: 3 x head_dim 8 differs from .* leave num_groups open"),
+        ({"head_dim": 4}, "published", r"layer.head_dim: 4 differs from the teacher's 8, .* leave head_dim open"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(kind: str, changes: dict[str, int], init: str, message: str) -> None:
@@ -345,11 +345,11 @@ def test_sizes_that_do_not_fit_are_named(kind: str, changes: dict[str, int], ini
 @both_kinds
 def test_a_norm_of_heads_does_not_fit_slices(kind: str) -> None:
     geometry = AttentionGeometry(**SIZES, qk_norm="head")
-    with pytest.raises(ValueError, match=r"layer.qk_norm: .* heads of width 8, but the mixer's have head_width 4; set"):
-        plan_for(geometry, SPECS[kind](head_width=4), "aligned", place="layer")
+    with pytest.raises(ValueError, match=r"layer.qk_norm: .* heads of width 8, but the mixer's have head_dim 4; set"):
+        plan_for(geometry, SPECS[kind](head_dim=4), "aligned", place="layer")
     with pytest.raises(ValueError, match=r"layer.qk_norm: 'width' differs from the teacher's 'head'"):
         plan_for(geometry, SPECS[kind](qk_norm="width"), "aligned", place="layer")
-    plan_for(geometry, SPECS[kind](head_width=4, qk_norm="none"), "aligned", place="layer")
+    plan_for(geometry, SPECS[kind](head_dim=4, qk_norm="none"), "aligned", place="layer")
 
 
 def test_a_gate_is_needed_for_attention_gate() -> None:

@@ -38,9 +38,9 @@ def _fresh_but_reported_seed() -> None:
         pytest.param(PLAIN, {}, None, id="plain heads"),
         pytest.param(HEAD, {}, None, id="heads, each normalised"),
         pytest.param(WIDTH, {}, None, id="heads, normalised together"),
-        pytest.param(PLAIN, {"head_width": 4}, None, id="slices of values"),
-        pytest.param(HEAD, {"head_width": 2}, None, id="slices of values, heads normalised"),
-        pytest.param(WIDTH, {"head_width": 4}, None, id="slices of values, normalised together"),
+        pytest.param(PLAIN, {"head_dim": 4}, None, id="slices of values"),
+        pytest.param(HEAD, {"head_dim": 2}, None, id="slices of values, heads normalised"),
+        pytest.param(WIDTH, {"head_dim": 4}, None, id="slices of values, normalised together"),
         pytest.param(PLAIN, {"state_size": 4}, 4, id="slices"),
         pytest.param(WIDTH, {"state_size": 2}, 2, id="slices, normalised together"),
     ],
@@ -63,7 +63,7 @@ def test_neutral_without_decay_is_linear_attention(
 
 
 def test_neutral_heads_forget_at_their_own_pace() -> None:
-    plan = plan_from(PLAIN, Mamba2Spec(head_width=4), "neutral")
+    plan = plan_from(PLAIN, Mamba2Spec(head_dim=4), "neutral")
     made = plan.apply(draw_attention(PLAIN))
     rates = softplus(made[f"{PREFIX}dt_bias"].double()) * made[f"{PREFIX}A_log"].double().exp()
     heads = [0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5]  # by key/value head, slice and query head
@@ -93,7 +93,7 @@ def test_the_gates_rows_are_what_the_init_says(width: int) -> None:
     order = list(aligned_order(PLAIN, width))
 
     def gate(init: str, gate_bias: bool) -> torch.Tensor:
-        spec = Mamba2Spec(head_width=width, state_size=width, gate_bias=gate_bias)
+        spec = Mamba2Spec(head_dim=width, state_size=width, gate_bias=gate_bias)
         return plan_from(PLAIN, spec, init).apply(sources)[f"{PREFIX}in_proj.weight"][:48]
 
     assert not gate("neutral", True).any()
@@ -165,7 +165,7 @@ def test_what_attention_does_not_have_starts_without_effect() -> None:
         ({}, "published", "6 of 6 heads pair the same slice"),
         ({"state_size": 4}, "neutral", "12 of 12 heads pair the same slice"),
         ({"state_size": 4}, "published", "8 of 12 heads pair the same slice"),
-        ({"head_width": 2}, "aligned", "24 of 24 heads pair a slice of value and output with all of their query"),
+        ({"head_dim": 2}, "aligned", "24 of 24 heads pair a slice of value and output with all of their query"),
         ({"state_size": 16}, "published", "no head is aligned: heads of width 16 cut across heads of width 8"),
     ],
 )
@@ -188,9 +188,9 @@ def test_the_note_counts_the_heads_that_pair_rightly(sizes: dict[str, int], init
             "neutral",
             r"mixer.num_groups: 3 differs from the teacher's 2 .*; leave",
         ),
-        (PLAIN, {"state_size": 16, "head_width": 8}, "aligned", r"mixer.state_size: 16 is neither head_width 8 nor"),
-        (PLAIN, {"state_size": 16}, "aligned", r"mixer.head_width: 16 does not divide the teacher's head width 8"),
-        (PLAIN, {"head_width": 4}, "published", r"mixer.num_heads x state_size: 96 differs from the teacher's 48"),
+        (PLAIN, {"state_size": 16, "head_dim": 8}, "aligned", r"mixer.state_size: 16 is neither head_dim 8 nor"),
+        (PLAIN, {"state_size": 16}, "aligned", r"mixer.head_dim: 16 does not divide the teacher's head width 8"),
+        (PLAIN, {"head_dim": 4}, "published", r"mixer.num_heads x state_size: 96 differs from the teacher's 48"),
         (
             HEAD,
             {"state_size": 4, "qk_norm": "head"},

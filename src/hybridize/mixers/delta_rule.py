@@ -59,7 +59,7 @@ class DeltaRuleMixer(Mixer):
     ) -> None:
         super().__init__(spec, hidden_size, initializer_range=initializer_range)
         if (
-            spec.head_width is None
+            spec.head_dim is None
             or spec.num_heads is None
             or spec.num_groups is None
             or spec.norm_eps is None
@@ -68,9 +68,9 @@ class DeltaRuleMixer(Mixer):
             raise ValueError(f"spec: {spec!r} has open sizes; call spec.resolve(geometry) first")
         self.spec = spec
         self.initializer_range = initializer_range
-        self.hidden_size, self.head_width = hidden_size, spec.head_width
+        self.hidden_size, self.head_dim = hidden_size, spec.head_dim
         self.num_heads, self.num_groups, self.conv_kernel = spec.num_heads, spec.num_groups, spec.conv_kernel
-        self.head_channels, self.group_channels = spec.num_heads * spec.head_width, spec.num_groups * spec.head_width
+        self.head_channels, self.group_channels = spec.num_heads * spec.head_dim, spec.num_groups * spec.head_dim
         conv_channels = self.head_channels + 2 * self.group_channels
         self.q_proj = nn.Linear(hidden_size, self.head_channels, bias=bool(spec.qkv_bias))
         self.k_proj = nn.Linear(hidden_size, self.group_channels, bias=bool(spec.qkv_bias))
@@ -78,18 +78,18 @@ class DeltaRuleMixer(Mixer):
         self.q_norm = self.k_norm = self.o_norm = None
         if spec.qk_norm != "none":
             per_head = spec.qk_norm == "head"
-            spans = (self.head_width,) * 2 if per_head else (self.head_channels, self.group_channels)
+            spans = (self.head_dim,) * 2 if per_head else (self.head_channels, self.group_channels)
             self.q_norm, self.k_norm = (BlockRMSNorm(span, span, spec.norm_eps) for span in spans)
         self.conv1d = nn.Conv1d(conv_channels, conv_channels, spec.conv_kernel, groups=conv_channels, bias=False)
         self.b_proj = nn.Linear(hidden_size, spec.num_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(spec.num_heads))
-        num_decays = spec.num_heads * (spec.head_width if self.decay_per_channel else 1)
+        num_decays = spec.num_heads * (spec.head_dim if self.decay_per_channel else 1)
         self.dt_bias = nn.Parameter(torch.empty(num_decays))
         self._add_projections()
         if spec.gate_bias:
             self.gate_bias = nn.Parameter(torch.empty(self.head_channels))
         if spec.output_norm:
-            self.o_norm = BlockRMSNorm(self.head_width, self.head_width, spec.norm_eps)
+            self.o_norm = BlockRMSNorm(self.head_dim, self.head_dim, spec.norm_eps)
         self.o_proj = nn.Linear(self.head_channels, hidden_size, bias=bool(spec.output_bias))
         self.reset_parameters()
 
@@ -132,7 +132,7 @@ class DeltaRuleMixer(Mixer):
         """Return the shape of each tensor of the state: [B, X, T] and [B, H, K, V]."""
         return {
             "conv": (batch_size, self.conv1d.out_channels, self.conv_kernel),
-            "ssm": (batch_size, self.num_heads, self.head_width, self.head_width),
+            "ssm": (batch_size, self.num_heads, self.head_dim, self.head_dim),
         }
 
     def forward(
@@ -212,7 +212,7 @@ class DeltaRuleMixer(Mixer):
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., X] to queries [..., H, K], keys [..., G, K] and values [..., G, V], scaled if the spec says so."""
         q, k, v = qkv.split([self.head_channels, self.group_channels, self.group_channels], dim=-1)
-        q, k, v = (tensor.unflatten(-1, (-1, self.head_width)) for tensor in (q, k, v))
+        q, k, v = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in (q, k, v))
         if self.spec.l2_norm:
             q, k = _unit(q), _unit(k)
         return q, k, v

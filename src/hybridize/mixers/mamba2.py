@@ -47,7 +47,7 @@ class Mamba2Mixer(Mixer):
         if (
             spec.num_heads is None
             or spec.num_groups is None
-            or spec.head_width is None
+            or spec.head_dim is None
             or spec.state_size is None
             or spec.norm_eps is None
             or None in (spec.qkv_bias, spec.output_bias, spec.qk_norm)
@@ -56,10 +56,10 @@ class Mamba2Mixer(Mixer):
         self.spec = spec
         self.initializer_range = initializer_range
         self.num_heads, self.num_groups = spec.num_heads, spec.num_groups
-        self.head_width, self.num_states = spec.head_width, spec.state_size
-        self.inner_width = self.num_heads * self.head_width
+        self.head_dim, self.num_states = spec.head_dim, spec.state_size
+        self.inner_width = self.num_heads * self.head_dim
         self.conv_widths = [
-            self.num_groups * self.head_width,
+            self.num_groups * self.head_dim,
             self.num_groups * self.num_states,
             self.num_heads * self.num_states,
         ]
@@ -77,7 +77,7 @@ class Mamba2Mixer(Mixer):
             spans = (self.num_states, self.num_states) if spec.qk_norm == "head" else (k_width, q_width)
             self.k_norm, self.q_norm = (BlockRMSNorm(span, span, spec.norm_eps) for span in spans)
         if spec.gate_norm:
-            self.norm = BlockRMSNorm(self.head_width, self.inner_width, spec.norm_eps)
+            self.norm = BlockRMSNorm(self.head_dim, self.inner_width, spec.norm_eps)
         self.out_proj = nn.Linear(self.inner_width, hidden_size, bias=bool(spec.output_bias))
         self.reset_parameters()
 
@@ -109,7 +109,7 @@ class Mamba2Mixer(Mixer):
         """Return the shape of each tensor of the state."""
         return {
             "conv": (batch_size, sum(self.conv_widths), self.spec.conv_kernel),
-            "ssm": (batch_size, self.num_heads, self.head_width, self.num_states),
+            "ssm": (batch_size, self.num_heads, self.head_dim, self.num_states),
         }
 
     def forward(

@@ -110,9 +110,9 @@ def _mamba1(spec: Mamba1Spec, hidden: int) -> int:
 def _mamba2(spec: Mamba2Spec, hidden: int) -> int:
     assert spec.num_heads
     assert spec.num_groups
-    assert spec.head_width
+    assert spec.head_dim
     assert spec.state_size
-    inner, x = spec.num_heads * spec.head_width, spec.num_groups * spec.head_width
+    inner, x = spec.num_heads * spec.head_dim, spec.num_groups * spec.head_dim
     b, c = spec.num_groups * spec.state_size, spec.num_heads * spec.state_size
     projections = hidden * (2 * inner + x + b + c + spec.num_heads)
     scan = (x + b + c) * (spec.conv_kernel + 1) + 3 * spec.num_heads + spec.gate_norm * inner
@@ -122,8 +122,8 @@ def _mamba2(spec: Mamba2Spec, hidden: int) -> int:
 def _delta_rule(spec: DeltaRuleSpec, hidden: int) -> int:
     assert spec.num_heads
     assert spec.num_groups
-    assert spec.head_width
-    query, kv = spec.num_heads * spec.head_width, spec.num_groups * spec.head_width
+    assert spec.head_dim
+    query, kv = spec.num_heads * spec.head_dim, spec.num_groups * spec.head_dim
     projections = hidden * (2 * query + 2 * kv + spec.num_heads)
     if isinstance(spec, KimiDeltaAttentionSpec):
         assert spec.gate_rank
@@ -133,9 +133,9 @@ def _delta_rule(spec: DeltaRuleSpec, hidden: int) -> int:
         decays = spec.num_heads * (hidden + 2)
         gate = hidden * query
     gate *= spec.gate != "none"
-    norm = spec.output_norm * spec.head_width
+    norm = spec.output_norm * spec.head_dim
     scan = (query + 2 * kv) * spec.conv_kernel + decays + gate + norm
-    return projections + scan + _carried(spec, query, kv, query, spec.head_width, hidden)
+    return projections + scan + _carried(spec, query, kv, query, spec.head_dim, hidden)
 
 
 def _carried(

@@ -108,7 +108,7 @@ def _mamba1_rules(spec: Any) -> dict[str, Rule]:
 
 
 def _mamba2_rules(spec: Any) -> dict[str, Rule]:
-    heads, groups, width, states = spec.num_heads, spec.num_groups, spec.head_width, spec.state_size
+    heads, groups, width, states = spec.num_heads, spec.num_groups, spec.head_dim, spec.state_size
     convolved = (groups * width, groups * states, heads * states)
     return {
         **{name: Shard((heads,)) for name in ("A_log", "D", "dt_bias")},
@@ -121,7 +121,7 @@ def _mamba2_rules(spec: Any) -> dict[str, Rule]:
 
 
 def _delta_rules(spec: Any) -> dict[str, Rule]:
-    heads, in_heads, in_groups = spec.num_heads, spec.num_heads * spec.head_width, spec.num_groups * spec.head_width
+    heads, in_heads, in_groups = spec.num_heads, spec.num_heads * spec.head_dim, spec.num_groups * spec.head_dim
     by_channel = ("q_proj.weight", "q_proj.bias", "g_proj.weight", "f_b_proj.weight", "g_b_proj.weight", "gate_bias")
     per_channel = isinstance(spec, KimiDeltaAttentionSpec)
     return {

@@ -43,11 +43,11 @@ def query_order(spec: AnySpec, geometry: AttentionGeometry, init: str) -> Order:
         width = geometry.head_dim
         channels = tuple(channel for head in heads for channel in range(head * width, (head + 1) * width))
         return Order(channels, f"heads ordered by their number mod {geometry.num_kv_heads}")
-    assert spec.head_width is not None
-    if spec.head_width == geometry.head_dim:
+    assert spec.head_dim is not None
+    if spec.head_dim == geometry.head_dim:
         return Order(None)
-    why = f"in slices of {spec.head_width}, ordered by key/value head, slice and query head"
-    return Order(aligned_order(geometry, spec.head_width), why)
+    why = f"in slices of {spec.head_dim}, ordered by key/value head, slice and query head"
+    return Order(aligned_order(geometry, spec.head_dim), why)
 
 
 def describe(spec: AnySpec, initializer_range: float, projections: tuple[str, ...]) -> dict[str, Expression]:
@@ -105,8 +105,8 @@ def carry(spec: AnySpec, attention: AttentionTensors, order: Order, place: str) 
     if spec.output_bias and attention.o_bias is not None:
         carried["o_proj.bias"] = attention.o_bias
     if spec.qk_norm != "none" and attention.q_norm is not None and attention.k_norm is not None:
-        assert spec.head_width is not None
-        check_norm(spec, spec.head_width, "head_width", attention.geometry, place)
+        assert spec.head_dim is not None
+        check_norm(spec, spec.head_dim, "head_dim", attention.geometry, place)
         channels = order.channels if spec.qk_norm == "width" else None
         carried["q_norm.weight"] = reorder_norm(attention.q_norm, channels, order.why)
         carried["k_norm.weight"] = attention.k_norm
@@ -119,21 +119,21 @@ def check_sizes(spec: AnySpec, geometry: AttentionGeometry, init: str, place: st
     Raises:
         ValueError: they do not; names the size and the remedy.
     """
-    assert spec.head_width is not None
-    if init == "published" and spec.head_width != geometry.head_dim:
+    assert spec.head_dim is not None
+    if init == "published" and spec.head_dim != geometry.head_dim:
         raise ValueError(
-            f"{place}.head_width: {spec.head_width} differs from the teacher's {geometry.head_dim}, which init "
-            "'published' knows no way around; leave head_width open, or use init 'aligned'"
+            f"{place}.head_dim: {spec.head_dim} differs from the teacher's {geometry.head_dim}, which init "
+            "'published' knows no way around; leave head_dim open, or use init 'aligned'"
         )
-    check_slices(geometry, spec.head_width, f"{place}.head_width", "init 'random'")
+    check_slices(geometry, spec.head_dim, f"{place}.head_dim", "init 'random'")
     widths = {
         "num_heads": (spec.num_heads, geometry.query_width),
         "num_groups": (spec.num_groups, geometry.kv_width),
     }
     for name, (count, width) in widths.items():
-        if count != width // spec.head_width:
+        if count != width // spec.head_dim:
             raise ValueError(
-                f"{place}.{name}: {count} x head_width {spec.head_width} differs from the teacher's {width} channels, "
+                f"{place}.{name}: {count} x head_dim {spec.head_dim} differs from the teacher's {width} channels, "
                 f"so attention's weights do not fit; leave {name} open, or use init 'random'"
             )
 
@@ -142,8 +142,8 @@ def neutral_convolution(spec: AnySpec, tap: float = 1.0) -> Constant:
     """A convolution that reads the token itself only, times `tap`."""
     assert spec.num_heads is not None
     assert spec.num_groups is not None
-    assert spec.head_width is not None
-    channels = (spec.num_heads + 2 * spec.num_groups) * spec.head_width
+    assert spec.head_dim is not None
+    channels = (spec.num_heads + 2 * spec.num_groups) * spec.head_dim
     return newest_tap(channels, spec.conv_kernel, tap)
 
 
@@ -167,8 +167,8 @@ def slow_decays(
         channels_per_head: how many decays a head has.
     """
     assert spec.num_heads is not None
-    assert spec.head_width is not None
-    firsts = range(0, spec.num_heads * spec.head_width, spec.head_width)
+    assert spec.head_dim is not None
+    firsts = range(0, spec.num_heads * spec.head_dim, spec.head_dim)
     channels = [first if order.channels is None else order.channels[first] for first in firsts]
     memories = memory_lengths(geometry, [channel // geometry.head_dim for channel in channels])
     biases = tuple(step_bias(memory) for memory in memories for _ in range(channels_per_head))
@@ -216,6 +216,6 @@ def slow_published_decays(spec: AnySpec, num_decays: int) -> dict[str, Expressio
 
 def pairing_note(spec: AnySpec, geometry: AttentionGeometry, init: str) -> str:
     """How many of the mixer's heads pair a query slice with the same slice of the teacher's own key/value head."""
-    assert spec.head_width is not None
-    count, total = count_aligned(geometry, spec.head_width, query_order(spec, geometry, init).channels)
+    assert spec.head_dim is not None
+    count, total = count_aligned(geometry, spec.head_dim, query_order(spec, geometry, init).channels)
     return f"{count} of {total} heads pair the same slice of query, key, value and output"

@@ -73,8 +73,8 @@ def _gate_of_attention(
         )
     assert spec.num_heads is not None
     assert spec.num_groups is not None
-    assert spec.head_width is not None
-    width, heads_per_group = spec.head_width, spec.num_heads // spec.num_groups
+    assert spec.head_dim is not None
+    width, heads_per_group = spec.head_dim, spec.num_heads // spec.num_groups
     repeated = tuple(
         head // heads_per_group * width + channel for head in range(spec.num_heads) for channel in range(width)
     )

@@ -44,7 +44,7 @@ def carry_attention(
     carried = fresh_expressions(spec, initializer_range) | delta_rule.carry(spec, attention, order, place)
     if init == "aligned":
         return carried
-    assert spec.head_width is not None
+    assert spec.head_dim is not None
     assert spec.gate_rank is not None
     if init == "published":
         decays = delta_rule.slow_published_decays(spec, geometry.query_width)
@@ -58,7 +58,7 @@ def carry_attention(
             "b_proj.weight": delta_rule.constant_beta(spec, geometry.hidden_size),
             "conv1d.weight": delta_rule.neutral_convolution(spec),
         }
-        | delta_rule.slow_decays(spec, geometry, order, channels_per_head=spec.head_width)
+        | delta_rule.slow_decays(spec, geometry, order, channels_per_head=spec.head_dim)
         | delta_rule.open_gate(spec, "g_b_proj.weight", shape, output)
     )
 

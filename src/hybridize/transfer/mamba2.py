@@ -71,15 +71,15 @@ def carry_attention(
     inner_width = num_heads * width
     counts = {"num_heads": (num_heads, geometry.query_width), "num_groups": (num_groups, geometry.kv_width)}
     for name, (count, channels) in counts.items():
-        check_width(place, name, count, channels // width, f"{channels} channels in heads of head_width {width}")
+        check_width(place, name, count, channels // width, f"{channels} channels in heads of head_dim {width}")
     slices = Slices()
     if init == "published":
         check_width(place, "num_heads x state_size", num_heads * num_states, inner_width, "query heads x head width")
     else:
-        check_slices(geometry, width, f"{place}.head_width")
+        check_slices(geometry, width, f"{place}.head_dim")
         if num_states not in (width, geometry.head_dim):
             raise ValueError(
-                f"{place}.state_size: {num_states} is neither head_width {width} nor the teacher's head width "
+                f"{place}.state_size: {num_states} is neither head_dim {width} nor the teacher's head width "
                 f"{geometry.head_dim}, so no head can stand for a query head or a slice of one; use one of the two, "
                 "or init 'random'"
             )
@@ -128,6 +128,6 @@ def _sizes(spec: Mamba2Spec) -> tuple[int, int, int, int]:
     """H, G, P and N of a resolved spec."""
     assert spec.num_heads is not None
     assert spec.num_groups is not None
-    assert spec.head_width is not None
+    assert spec.head_dim is not None
     assert spec.state_size is not None
-    return spec.num_heads, spec.num_groups, spec.head_width, spec.state_size
+    return spec.num_heads, spec.num_groups, spec.head_dim, spec.state_size

@@ -156,7 +156,7 @@ class HasHeads(TakesSteps):
         """
         if self.num_heads is None or self.num_groups is None:
             widths = {"the query width": geometry.query_width, "the key/value width": geometry.kv_width}
-            check_multiples(widths, "head_width", width)
+            check_multiples(widths, "head_dim", width)
         return {"num_heads": geometry.query_width // width, "num_groups": geometry.kv_width // width}
 
 

@@ -8,19 +8,19 @@ from hybridize.spec.mixers.base import AttentionGeometry, HasHeads
 
 
 class DeltaRuleSpec(HasHeads):
-    """What the two mixers with a delta rule share: heads with a state of `head_width` x `head_width`.
+    """What the two mixers with a delta rule share: heads with a state of `head_dim` x `head_dim`.
 
     Queries come in heads, keys and values in groups of heads, as the teacher's do.
 
     Attributes:
-        head_width: K and V, width of a head's keys and values; default: the teacher's head_dim.
+        head_dim: K and V, width of a head's keys and values; default: the teacher's head_dim.
         l2_norm: scale queries and keys to length 1 behind the convolution. Without it the delta rule is only stable
             where keys are short.
         gate: activation of the output gate.
         output_norm: an RMS norm, per head, of what is read from the state, before the gate.
     """
 
-    head_width: int | None = Field(default=None, gt=0)
+    head_dim: int | None = Field(default=None, gt=0)
     l2_norm: bool = True
     gate: Literal["silu", "sigmoid", "none"] = "silu"
     output_norm: bool = True
@@ -32,9 +32,9 @@ class DeltaRuleSpec(HasHeads):
         return self
 
     def _sizes(self, geometry: AttentionGeometry) -> dict[str, object]:
-        width = self.head_width or geometry.head_dim
+        width = self.head_dim or geometry.head_dim
         return {
-            "head_width": width,
+            "head_dim": width,
             **self._head_counts(geometry, width),
             **self._attention_sizes(geometry),
         }
@@ -59,7 +59,7 @@ class KimiDeltaAttentionSpec(DeltaRuleSpec):
     """Kimi delta attention: the delta rule with one decay per channel of the keys (arXiv 2510.26692).
 
     Attributes:
-        gate_rank: rank of the projections that give the decays and the output gate; default: `head_width`.
+        gate_rank: rank of the projections that give the decays and the output gate; default: `head_dim`.
     """
 
     letter: ClassVar[str] = "k"
@@ -68,4 +68,4 @@ class KimiDeltaAttentionSpec(DeltaRuleSpec):
     gate_rank: int | None = Field(default=None, gt=0)
 
     def _sizes(self, geometry: AttentionGeometry) -> dict[str, object]:
-        return super()._sizes(geometry) | {"gate_rank": self.head_width or geometry.head_dim}
+        return super()._sizes(geometry) | {"gate_rank": self.head_dim or geometry.head_dim}

@@ -68,19 +68,19 @@ class Mamba1Spec(TakesSteps):
 class Mamba2Spec(HasHeads):
     """Mamba-2, a selective state space with one decay per head (SSD, arXiv 2405.21060), with C per head.
 
-    A head has `head_width` channels and a state of `head_width` x `state_size`. As in the paper's Mamba-1, x and B
+    A head has `head_dim` channels and a state of `head_dim` x `state_size`. As in the paper's Mamba-1, x and B
     come in groups, as the teacher's values and keys do, and C in heads, as its queries.
 
     Attributes:
         state_size: N, width of B and C; default: the teacher's head_dim.
-        head_width: P, channels of a head; default: `state_size`.
+        head_dim: P, channels of a head; default: `state_size`.
         gate_norm: an RMS norm, per head, of the gated output, before the output projection.
     """
 
     letter: ClassVar[str] = "2"
     type: Literal["mamba2"] = "mamba2"
     state_size: int | None = Field(default=None, gt=0)
-    head_width: int | None = Field(default=None, gt=0)
+    head_dim: int | None = Field(default=None, gt=0)
     gate_norm: bool = True
 
     def resolve(self, geometry: AttentionGeometry) -> Self:
@@ -90,11 +90,11 @@ class Mamba2Spec(HasHeads):
             ValueError: the sizes do not divide one another.
         """
         state_size = self.state_size or geometry.head_dim
-        width = self.head_width or state_size
+        width = self.head_dim or state_size
         return self._filled(
             {
                 "state_size": state_size,
-                "head_width": width,
+                "head_dim": width,
                 **self._head_counts(geometry, width),
                 **self._attention_sizes(geometry),
             }
