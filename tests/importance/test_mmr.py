@@ -207,7 +207,7 @@ def test_a_loss_that_is_no_number_stops_and_names_the_layer(batches, heldout, st
         rank_layers(model, teacher, batches, heldout, stage, state_dir=tmp_path)
 
     wild = rank_stage(learning_rate=1e30)
-    with pytest.raises(ValueError, match=r"layer 0: the loss is \w+ (at step|on the held-out)"):
+    with pytest.raises(StoppedError, match=r"layer 0: the loss is \w+ (at step|on the held-out)"):
         rank_layers(teacher, teacher, batches, heldout, wild, state_dir=tmp_path)
     assert not list(tmp_path.glob("*.json"))
     assert all(torch.isfinite(tensor).all() for tensor in teacher.state_dict().values())

@@ -124,6 +124,6 @@ def test_half_precision_is_trained_in_fp32(batches, heldout, stage, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_and_names_the_layer(batches, heldout, tmp_path):
     teacher, wild = build_teacher("llama"), rank_stage(sweep="plain", learning_rate=1e30)
-    with pytest.raises(ValueError, match=r"layer 0: the loss is \w+ (at step|on the held-out).*\(now 1e\+30\)"):
+    with pytest.raises(StoppedError, match=r"layer 0: the loss is \w+ (at step|on the held-out).*\(now 1e\+30\)"):
         rank_layers(teacher, teacher, batches, heldout, wild, state_dir=tmp_path)
     assert not list(tmp_path.iterdir())
