@@ -9,6 +9,7 @@ from hybridize.importance.steps import rate_at
 from hybridize.losses.divergence import dense_divergence
 from hybridize.models import layout_of
 from hybridize.spec import LayoutSpec, Mamba1Spec
+from hybridize.spec.base import StoppedError
 from hybridize.transfer import convert
 from tiny_families import NUM_LAYERS
 
