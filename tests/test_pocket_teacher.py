@@ -61,17 +61,18 @@ def test_teacher_loads_with_transformers_alone():
     assert sum(file.stat().st_size for file in TEACHER.glob("*.safetensors")) <= 24_000_000
 
 
-def test_teacher_answers_unseen_problems_of_every_task_at_levels_1_and_2(teacher, tokenizer):
+@pytest.mark.parametrize(("level", "least"), [(1, 39), (2, 35)])
+def test_teacher_answers_unseen_problems_of_every_task(teacher, tokenizer, level, least):
     """Of 1,000 problems it gets 99.9% right at level 1 and 95.5% at level 2, word problems 82% there."""
     from hybridize.data.world import TASKS, draw_problem
     from hybridize.evaluation import evaluate_problems
 
-    problems = [draw_problem(task, level, "test", i) for task in TASKS for level in (1, 2) for i in range(8)]
-    summary = evaluate_problems(teacher, tokenizer, problems, batch_size=64)
-    assert summary["overall"]["correct"] >= 59
-    assert summary["overall"]["steps_correct"] >= 58
+    problems = [draw_problem(task, level, "test", i) for task in TASKS for i in range(10)]
+    summary = evaluate_problems(teacher, tokenizer, problems, batch_size=40)
+    assert summary["overall"]["correct"] >= least
+    assert summary["overall"]["steps_correct"] >= least
     for task in ("addition", "recall", "swaps"):
-        assert summary["tasks"][task]["correct"] == 16
+        assert summary["tasks"][task]["correct"] == 10
 
 
 def test_teacher_and_recipe_agree_on_tokens_and_sizes(teacher, tokenizer, recipe):

@@ -34,7 +34,7 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def rows(tokenizer):
-    return pack_rows(WorldDataSpec(levels=(1, 2)), tokenizer, LENGTH, 4, seed=0)
+    return pack_rows(WorldDataSpec(levels=(1, 2)), tokenizer, LENGTH, 8, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def rank(teacher, rows, tmp_path_factory):
     """Rankings of the teacher by method, on some of the rows; each made once."""
 
     @cache
-    def make(row=0, **settings):
+    def make(first=0, last=3, **settings):
         stage = RankStage(name="rank", sequence_length=LENGTH, tokens_per_step=LENGTH, steps=2, **settings)
-        heldout = [rows.collate([rows[row]])]
+        heldout = [rows.collate([rows[row]]) for row in range(first, last)]
         return rank_layers(teacher, teacher, (), heldout, stage, state_dir=tmp_path_factory.mktemp("state"))
 
     return make
@@ -54,10 +54,10 @@ def test_the_whole_teacher_knows_the_answers(rank):
     assert 0 < rank(method="loo").baseline < 1e-3
 
 
-@pytest.mark.parametrize("row", [0, 1])
-def test_some_layers_matter_and_others_do_not_whatever_the_row(rank, row):
-    """The same on other documents: leaving out 0 or 1 is ruin, leaving out 6 is nothing."""
-    scores = rank(row, method="loo").scores
+@pytest.mark.parametrize("rows_of", [(0, 3), (3, 6)])
+def test_some_layers_matter_and_others_do_not_whatever_the_rows(rank, rows_of):
+    """The same on rows of other documents: leaving out 0 or 1 is ruin, leaving out 6 is nothing."""
+    scores = rank(*rows_of, method="loo").scores
     assert set(sorted(scores, key=scores.get)[-2:]) == {0, 1}
     assert min(scores[0], scores[1]) > 1
     assert scores[6] < 1e-3
@@ -82,7 +82,7 @@ def test_a_wider_window_hurts_less_and_one_as_long_as_the_row_not_at_all(rank):
 
 @pytest.mark.parametrize("identity", ["mixer", "block"])
 def test_answers_without_layer_0_are_ruined_and_without_layer_6_are_right(teacher, tokenizer, identity):
-    problems = [draw_problem("addition", 1, "train", index, seed=1) for index in range(4)]
+    problems = [draw_problem("addition", 1, "train", index, seed=1) for index in range(8)]
 
     def accuracy(model):
         return evaluate_problems(model, tokenizer, problems, len(problems))["overall"]["accuracy"]
@@ -103,13 +103,17 @@ def test_a_layer_left_out_writes_the_same_with_and_without_a_cache(teacher, toke
 
 
 def test_kl_restores_what_matters_most_in_a_trained_hybrid(teacher, rows, tmp_path):
-    """Putting back layer 0, which the model cannot do without, brings more than putting back those it can."""
-    kept = (0, 6, 8)
-    replaced = [layer for layer in range(16) if layer not in kept]
-    hybrid, _ = convert(teacher, LayoutSpec.replace(16, replaced, Mamba1Spec()))
-    stage = RankStage(name="rank", method="kl", sequence_length=LENGTH, tokens_per_step=LENGTH, steps=1)
-    batches, heldout = ([rows.collate([rows[row]])] for row in (2, 3))
+    """Of layers 0, 1, 6 and 8, the other way round than leaving out: putting 0 or 1 back brings the most."""
+    kept = (0, 1, 6, 8)
+    hybrid, _ = convert(
+        teacher, LayoutSpec.replace(16, [layer for layer in range(16) if layer not in kept], Mamba1Spec())
+    )
+    stage = RankStage(
+        name="rank", method="kl", sequence_length=LENGTH, tokens_per_step=LENGTH, steps=2, learning_rate=1e-3
+    )
+    batches = [rows.collate([rows[row]]) for row in range(2)]
+    heldout = [rows.collate([rows[row]]) for row in range(2, 4)]
     ranking = rank_layers(hybrid.requires_grad_(False), teacher, batches, heldout, stage, state_dir=tmp_path)
     assert ranking.layers == kept
-    assert ranking.order[-1] == 0
-    assert ranking.scores[0] > max(ranking.scores[6], ranking.scores[8]) + 0.1
+    assert set(ranking.order[2:]) == {0, 1}
+    assert min(ranking.scores[0], ranking.scores[1]) > max(ranking.scores[6], ranking.scores[8]) + 0.1

@@ -170,11 +170,11 @@ def test_stepwise_logits_equal_full_logits(hybrid):
 def test_left_padded_batch_equals_each_prompt_alone(hybrid):
     prompts = [draw(1, 3), draw(1, 7, seed=1)]
     padded = torch.cat([torch.nn.functional.pad(prompt, (7 - prompt.shape[1], 0)) for prompt in prompts])
-    options = {"max_new_tokens": 5, "do_sample": False}
+    options = {"max_new_tokens": 8, "do_sample": False}
     together = hybrid.generate(padded, attention_mask=(padded != 0).long(), **options)
     for row, prompt in zip(together, prompts, strict=True):
         alone = hybrid.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-        assert torch.equal(row[-5:], alone[0, -5:])
+        assert torch.equal(row[-8:], alone[0, -8:])
 
 
 def test_packed_documents_equal_separate_ones(hybrid):
