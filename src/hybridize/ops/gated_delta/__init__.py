@@ -17,15 +17,15 @@ from torch import Tensor
 
 from hybridize.ops.delta_rule import fla_kernels
 from hybridize.ops.delta_rule.checks import check_sequences, check_step
+from hybridize.ops.delta_rule.reference import delta_rule_reference
 from hybridize.ops.delta_rule.step import delta_rule_step
 from hybridize.ops.gated_delta.chunked import gated_delta_rule_chunked
 from hybridize.ops.gated_delta.fla import gated_delta_rule_fla, gated_delta_rule_step_fla
-from hybridize.ops.gated_delta.reference import gated_delta_rule_reference
 
 __all__ = ["BACKENDS", "gated_delta_rule", "gated_delta_rule_step"]
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "reference": gated_delta_rule_reference,
+    "reference": delta_rule_reference,
     "chunked": gated_delta_rule_chunked,
     "fla": gated_delta_rule_fla,
 }

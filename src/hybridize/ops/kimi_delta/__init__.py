@@ -17,15 +17,15 @@ from torch import Tensor
 
 from hybridize.ops.delta_rule import fla_kernels
 from hybridize.ops.delta_rule.checks import check_sequences, check_step
+from hybridize.ops.delta_rule.reference import delta_rule_reference
 from hybridize.ops.delta_rule.step import delta_rule_step
 from hybridize.ops.kimi_delta.chunked import kimi_delta_attention_chunked
 from hybridize.ops.kimi_delta.fla import kimi_delta_attention_fla, kimi_delta_attention_step_fla
-from hybridize.ops.kimi_delta.reference import kimi_delta_attention_reference
 
 __all__ = ["BACKENDS", "kimi_delta_attention", "kimi_delta_attention_step"]
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "reference": kimi_delta_attention_reference,
+    "reference": delta_rule_reference,
     "chunked": kimi_delta_attention_chunked,
     "fla": kimi_delta_attention_fla,
 }
