@@ -15,6 +15,8 @@ import lzma
 import multiprocessing
 import os
 import pickle
+import queue
+import re
 import time
 from pathlib import Path
 from statistics import mean, stdev
@@ -46,33 +48,33 @@ def _add(turn: int, name: str, mixer: dict, init: str = "aligned", layers: str =
 
 for kind in ("mamba1", "mamba2", "gated_delta_net", "kimi_delta_attention"):
     for init in INITS:
-        _add(2 if init == "attention_gate" else 0, f"{kind}, {init}", {"type": kind}, init)
-    _add(1, f"{kind}, neutral, gate bias", {"type": kind, "gate_bias": True}, "neutral")
+        _add(1 if init == "attention_gate" else 0, f"{kind}, {init}", {"type": kind}, init)
+    _add(3, f"{kind}, neutral, gate bias", {"type": kind, "gate_bias": True}, "neutral")
     if kind != "mamba1":
         linear = {"type": kind, "conv_activation": "none"}
-        _add(1, f"{kind}, no activation, neutral", linear, "neutral")
-        _add(1, f"{kind}, no activation, gate bias, neutral", linear | {"gate_bias": True}, "neutral")
+        _add(3, f"{kind}, no activation, neutral", linear, "neutral")
+        _add(3, f"{kind}, no activation, gate bias, neutral", linear | {"gate_bias": True}, "neutral")
     for init in ("aligned", "neutral", "random"):
-        _add(3, f"{kind}, {init}, most", {"type": kind}, init, "most")
-    _add(2, f"{kind}, aligned, fit", {"type": kind}, "aligned", "half", 100)
-    _add(2, f"{kind}, neutral, fit", {"type": kind}, "neutral", "half", 100)
+        _add(2, f"{kind}, {init}, most", {"type": kind}, init, "most")
+    _add(3, f"{kind}, aligned, fit", {"type": kind}, "aligned", "half", 100)
+    _add(3, f"{kind}, neutral, fit", {"type": kind}, "neutral", "half", 100)
 _add(1, "mamba1, N 32, aligned", {"type": "mamba1", "state_size": 32})
 _add(1, "mamba2, N 16, aligned", {"type": "mamba2", "state_size": 16})
 _add(1, "gated_delta_net, K 16, aligned", {"type": "gated_delta_net", "head_dim": 16})
 _add(1, "kimi_delta_attention, K 16, aligned", {"type": "kimi_delta_attention", "head_dim": 16})
-_add(1, "mamba2, no gate norm, aligned", {"type": "mamba2", "gate_norm": False})
+_add(3, "mamba2, no gate norm, aligned", {"type": "mamba2", "gate_norm": False})
 _add(
-    2, "mamba2, no gate norm, neutral, gate bias", {"type": "mamba2", "gate_norm": False, "gate_bias": True}, "neutral"
+    3, "mamba2, no gate norm, neutral, gate bias", {"type": "mamba2", "gate_norm": False, "gate_bias": True}, "neutral"
 )
-_add(2, "gated_delta_net, no l2 norm, aligned", {"type": "gated_delta_net", "l2_norm": False})
-_add(2, "gated_delta_net, no output norm, aligned", {"type": "gated_delta_net", "output_norm": False})
-_add(2, "gated_delta_net, sigmoid gate, neutral", {"type": "gated_delta_net", "gate": "sigmoid"}, "neutral")
+_add(3, "gated_delta_net, no l2 norm, aligned", {"type": "gated_delta_net", "l2_norm": False})
+_add(3, "gated_delta_net, no output norm, aligned", {"type": "gated_delta_net", "output_norm": False})
+_add(3, "gated_delta_net, sigmoid gate, neutral", {"type": "gated_delta_net", "gate": "sigmoid"}, "neutral")
 for window in (32, 128):
     _add(1, f"sliding_window, {window}", {"type": "sliding_window", "window": window})
     _add(1, f"sliding_window, {window}, sink", {"type": "sliding_window", "window": window, "sink": True})
-    _add(3, f"sliding_window, {window}, most", {"type": "sliding_window", "window": window}, layers="most")
+    _add(2, f"sliding_window, {window}, most", {"type": "sliding_window", "window": window}, layers="most")
 _add(0, "identity", {"type": "identity"})
-_add(3, "identity, most", {"type": "identity"}, layers="most")
+_add(2, "identity, most", {"type": "identity"}, layers="most")
 
 
 def run_trial(name: str, seed: int, packed: Path, work: Path, steps: int) -> dict:
@@ -173,7 +175,7 @@ def run(out: Path, workers: int, steps: int, seeds: tuple[int, ...], wanted: str
         packer.join()
     print(f"packed {len(seeds)} x {steps} steps in {time.perf_counter() - began:.0f} s", flush=True)
     done = {(trial["name"], trial["seed"]) for trial in read(out)}
-    todo = [(name, seed) for seed in seeds for name in VARIANTS if wanted in name and (name, seed) not in done]
+    todo = [(name, seed) for seed in seeds for name in VARIANTS if re.search(wanted, name) and (name, seed) not in done]
     todo.sort(key=lambda task: VARIANTS[task[0]][-1])
     tasks, results = context.Queue(), context.Queue()
     for task in todo:
@@ -187,13 +189,17 @@ def run(out: Path, workers: int, steps: int, seeds: tuple[int, ...], wanted: str
         for number in range(len(todo)):
             if time.perf_counter() - began > seconds:
                 break
-            trial = results.get(timeout=max(1.0, seconds - (time.perf_counter() - began)))
+            try:
+                trial = results.get(timeout=max(1.0, seconds - (time.perf_counter() - began)))
+            except queue.Empty:
+                break
             if "error" not in trial:
                 file.write(json.dumps(trial) + "\n")
                 file.flush()
             print(f"{number + 1}/{len(todo)} {time.perf_counter() - began:.0f} s {json.dumps(trial)[:400]}", flush=True)
+    tasks.cancel_join_thread()  # what is left in it is not waited for
     for process in processes:
-        process.terminate()
+        process.kill()
 
 
 def read(out: Path) -> list[dict]:
@@ -235,7 +241,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--only", default="", help="run trials whose name contains this")
+    parser.add_argument("--only", default="", help="run trials whose name matches this regular expression")
     parser.add_argument("--seconds", type=float, default=86400, help="stop after so long")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()

@@ -94,7 +94,10 @@ def linear_attention(
 
 
 def assert_is_linear_attention(geometry: AttentionGeometry, spec: Any) -> None:
-    """The mixer of a neutral transfer is linear attention, with fading and without, times β = 1/2 and width^-1/2."""
+    """The mixer of a neutral transfer is linear attention, with fading and without, times β = 1/2 and width^-1/2.
+
+    A gate that is a sigmoid is another factor of 1/2.
+    """
     sources = draw_attention(geometry)
     plan = plan_for(geometry, spec, "neutral")
     mixer = build(plan, sources)
@@ -108,7 +111,7 @@ def assert_is_linear_attention(geometry: AttentionGeometry, spec: Any) -> None:
             with torch.no_grad():
                 mixer.A_log.fill_(-math.inf)
         expected = linear_attention(hidden_BLE, sources, geometry, width, memories, teacher) - bias
-        expected *= 0.5 / math.sqrt(width)
+        expected *= (0.25 if plan.spec.gate == "sigmoid" else 0.5) / math.sqrt(width)
         with torch.no_grad():
             got = mixer(hidden_BLE)[0] - bias
         assert float((got - expected).norm() / expected.norm()) < 1e-6
@@ -317,7 +320,8 @@ def test_plan_reads_like_sentences() -> None:
     lines = str(plan_for(PLAIN, GatedDeltaNetSpec(gate="sigmoid"), "neutral", source="attn", target="m")).splitlines()
     assert "m.q_proj.weight [48 x 24] = attn.q_proj.weight, as it lies" in lines
     assert "m.b_proj.weight [6 x 24] = set: 0, so that β is 1/2 for every token" in lines
-    assert "m.o_proj.weight [24 x 48] = 2 times (attn.o_proj.weight, as it lies)" in lines
+    assert "m.o_proj.weight [24 x 48] = attn.o_proj.weight, as it lies" in lines
+    assert "m.g_proj.weight [48 x 24] = set: 0, a gate of 1/2 for every token" in lines
     assert "m.conv1d.weight [80 x 1 x 4] = set: 1 at the newest tap, 0 elsewhere" in lines
     assert lines[-1] == "6 of 6 heads pair the same slice of query, key, value and output"
     lines = str(plan_for(PLAIN, KimiDeltaAttentionSpec(), "published", source="attn", target="m")).splitlines()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from hybridize.spec import AttentionGeometry, GatedDeltaNetSpec, KimiDeltaAttentionSpec
 from hybridize.transfer.attention import AttentionTensors, check_norm
-from hybridize.transfer.expressions import Blend, Constant, Expression, Fresh, Take
+from hybridize.transfer.expressions import Constant, Expression, Fresh, Take
 from hybridize.transfer.neutral import MEMORIES, memory_lengths, newest_tap, open_silu, reorder_norm, step_bias
 from hybridize.transfer.pairing import aligned_order, check_slices, count_aligned
 
@@ -178,29 +178,25 @@ def slow_decays(
     }
 
 
-def open_gate(spec: AnySpec, weight: str, shape: tuple[int, int], output: Take) -> dict[str, Expression]:
-    """An output gate that is 1 for every token, where its form allows.
+def constant_gate(spec: AnySpec, weight: str, shape: tuple[int, int]) -> dict[str, Expression]:
+    """An output gate that is the same for every token, where its form allows.
 
-    A sigmoid is held at 1/2, where it learns best, and the output projection doubled. SiLU is 1 at a bias of 1.278;
-    without a bias it cannot be opened, and the gate stays as the constructor makes it.
+    SiLU is 1 at a bias of 1.278; without a bias it cannot be held open, and the gate stays as the constructor makes
+    it. A sigmoid is held at 1/2, where it learns best. (To double the output projection makes up for that and was far
+    worse after training: docs/LOG.md.)
 
     Args:
         spec: resolved.
         weight: name of the (last) projection of the gate.
         shape: its shape.
-        output: the output projection.
     """
-    width = shape[0]
     if spec.gate == "sigmoid":
-        made: dict[str, Expression] = {
-            weight: Constant(0.0, shape, "0, a gate of 1/2 for every token"),
-            "o_proj.weight": Blend(((2.0, output),)),
-        }
-        return made | ({"gate_bias": Constant(0.0, (width,), "0")} if spec.gate_bias else {})
+        made: dict[str, Expression] = {weight: Constant(0.0, shape, "0, a gate of 1/2 for every token")}
+        return made | ({"gate_bias": Constant(0.0, (shape[0],), "0")} if spec.gate_bias else {})
     if spec.gate == "silu" and spec.gate_bias:
         return {
             weight: Constant(0.0, shape, "0, a gate that is the same for every token"),
-            "gate_bias": open_silu(width),
+            "gate_bias": open_silu(shape[0]),
         }
     return {}
 

@@ -51,8 +51,7 @@ def carry_attention(
         return carried
     carried |= {"conv1d.weight": delta_rule.neutral_convolution(spec)}
     carried |= delta_rule.slow_decays(spec, geometry, order, channels_per_head=1)
-    output = Take(attention.o.source, order.channels, 1, order.why)
-    carried |= delta_rule.open_gate(spec, "g_proj.weight", gate_shape, output)
+    carried |= delta_rule.constant_gate(spec, "g_proj.weight", gate_shape)
     if init == "attention_gate":
         carried["g_proj.weight"] = _gate_of_attention(spec, attention, order, place)
     return carried

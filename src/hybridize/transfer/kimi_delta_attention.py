@@ -9,7 +9,7 @@ here: the gate's projection is of low rank.
 from hybridize.spec import AttentionGeometry, KimiDeltaAttentionSpec
 from hybridize.transfer import delta_rule
 from hybridize.transfer.attention import AttentionTensors
-from hybridize.transfer.expressions import Constant, Expression, Take
+from hybridize.transfer.expressions import Constant, Expression
 
 
 def fresh_expressions(spec: KimiDeltaAttentionSpec, initializer_range: float) -> dict[str, Expression]:
@@ -50,7 +50,6 @@ def carry_attention(
         decays = delta_rule.slow_published_decays(spec, geometry.query_width)
         return carried | decays | {"conv1d.weight": delta_rule.neutral_convolution(spec, 0.5)}
     shape = (geometry.query_width, spec.gate_rank)
-    output = Take(attention.o.source, order.channels, 1, order.why)
     return (
         carried
         | {
@@ -59,7 +58,7 @@ def carry_attention(
             "conv1d.weight": delta_rule.neutral_convolution(spec),
         }
         | delta_rule.slow_decays(spec, geometry, order, channels_per_head=spec.head_dim)
-        | delta_rule.open_gate(spec, "g_b_proj.weight", shape, output)
+        | delta_rule.constant_gate(spec, "g_b_proj.weight", shape)
     )
 
 

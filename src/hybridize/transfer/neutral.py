@@ -1,7 +1,7 @@
 """What a mixer is given where attention has no counterpart and it is to be as near to linear attention as it can.
 
 Decays are the same for every token: each query head averages over a memory of its own, from 16 to 4096 tokens. The
-convolution passes the newest token on. The gate is open where its form allows.
+convolution passes the newest token on. The gate is the same for every token where its form allows.
 """
 
 import math
