@@ -249,26 +249,52 @@ def _scan(backend: str) -> Builder:
     return build
 
 
-def _scan_mamba_ssm(
-    shape: KernelShape, device: torch.device, dtype: torch.dtype, generator: torch.Generator
-) -> Case | None:
-    """Mamba's own CUDA kernel: channels first, and one group of B for each of C, so that B is repeated beforehand."""
-    if device.type != "cuda":
-        return None
-    try:
-        function = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-    except ImportError:
-        return None
-    x, dt, A, B, C, D, bias, z = scan_inputs(shape, device, dtype, generator, shape.length)
+def _channels_first(inputs: tuple[Tensor, ...], shape: KernelShape) -> tuple[Tensor, ...]:
+    """A scan's inputs as CUDA kernels take them: channels before tokens, and as many groups of B as of C."""
+    x, dt, A, B, C, D, bias, z = inputs
     B = B.repeat_interleave(shape.heads // shape.groups, dim=2)
     x, dt, z = (tensor.transpose(1, 2).contiguous() for tensor in (x, dt, z))
     B, C = (tensor.permute(0, 2, 3, 1).contiguous() for tensor in (B, C))
+    return x, dt, A, B, C, D, bias, z
+
+
+def _rival(module: str, name: str) -> Callable[..., Any] | None:
+    """A rival's function, or None where it is not installed."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError:
+        return None
+
+
+def _scan_mamba_ssm(
+    shape: KernelShape, device: torch.device, dtype: torch.dtype, generator: torch.Generator
+) -> Case | None:
+    """Mamba's own CUDA kernel."""
+    function = _rival("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn") if device.type == "cuda" else None
+    if function is None:
+        return None
+    inputs = _channels_first(scan_inputs(shape, device, dtype, generator, shape.length), shape)
 
     def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, z: Tensor) -> Tensor:
         return function(x, dt, A, B, C, D=D, z=z, delta_bias=bias, delta_softplus=True)
 
-    inputs = (x, dt, A, B, C, D, bias, z)
-    return Case(run, inputs, num_bytes(*inputs), num_bytes(x), x.numel() * shape.states)
+    return Case(run, inputs, num_bytes(*inputs), num_bytes(inputs[0]), inputs[0].numel() * shape.states)
+
+
+def _scan_vllm(shape: KernelShape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Case | None:
+    """The CUDA kernel of vLLM: forward alone; it writes its outputs over Δ or the gate, and the last states."""
+    module = "vllm.model_executor.layers.mamba.ops.mamba_ssm"
+    function = _rival(module, "selective_scan_fn") if device.type == "cuda" else None
+    if function is None:
+        return None
+    inputs = _channels_first(scan_inputs(shape, device, dtype, generator, shape.length), shape)
+    states = torch.zeros(shape.batch, shape.channels, shape.states, device=device)
+
+    def run(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, z: Tensor) -> Tensor:
+        return function(x, states, dt, A, B, C, D=D, z=z, delta_bias=bias, delta_softplus=True)
+
+    numel = inputs[0].numel() * shape.states
+    return Case(run, inputs, num_bytes(*inputs), num_bytes(inputs[0], states), numel, has_backward=False)
 
 
 def _step(shape: KernelShape, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> Case | None:
@@ -309,7 +335,12 @@ def _conv(backend: str) -> Builder:
 
 # What is measured: each op's backends and rivals. A builder returns None where the machine lacks what it needs.
 KERNEL_OPS: dict[str, dict[str, Builder]] = {
-    "selective_scan": {"triton": _scan("triton"), "mamba-ssm": _scan_mamba_ssm, "chunked": _scan("chunked")},
+    "selective_scan": {
+        "triton": _scan("triton"),
+        "mamba-ssm": _scan_mamba_ssm,
+        "vllm": _scan_vllm,
+        "chunked": _scan("chunked"),
+    },
     "selective_scan_step": {"default": _step},
     "causal_conv": {"triton": _conv("triton"), "shifted": _conv("shifted")},
     **LINEAR_OPS,
