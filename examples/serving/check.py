@@ -8,8 +8,9 @@
 `parity` serves in fp32 and bf16, eager and with CUDA graphs, in a crowd and alone. `logprobs` compares the
 log-probability of each generated token with what transformers gives the same text; its `hybrid` is a folder to take in
 the place of one trained here. `soak` sends requests at random times and counts the cache's blocks before and after,
-with the answers of some of them asked again alone. `speed` serves random weights at the paper's shape, the layout as one
-letter per layer. What else is in the JSON goes to vLLM. The package must be installed, so that vLLM finds its plugin.
+with the answers of some of them asked again alone. `speed` serves random weights at the paper's shape, the layout as
+one letter per layer. What else is in the JSON goes to vLLM. The package must be installed, so that vLLM finds its
+plugin.
 """
 
 import gc
