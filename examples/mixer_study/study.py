@@ -1,12 +1,14 @@
 """Compare mixers and their starts on the pocket teacher: same layers, same data, same budget, several seeds.
 
     python examples/mixer_study/study.py --out study --workers 8
+    python examples/mixer_study/study.py --out study --workers 8 --steps 100 --tokens-per-step 1024
     python examples/mixer_study/study.py --out study --table
 
 Every trial replaces the same layers of the pocket teacher, measures the divergence from the teacher on held-out rows
-before any training, after 100 and after 1,000 steps of reverse KL, and lets the student answer unseen problems. A trial
-is a pure function of its line in `VARIANTS` and its seed. Finished trials are lines of `study/trials.jsonl`; killed and
-called again, the script runs those that are missing. On one H100 eight trials at a time take about a minute.
+before any training, after 100 and after 1,000 steps of reverse KL (shorter runs: at each quarter), and lets the student
+answer unseen problems. A trial is a pure function of its line in `VARIANTS`, its seed and its budget. Finished trials
+are lines of `study/trials.jsonl`; killed and called again, the script runs those that are missing. On one H100 under
+CUDA MPS 15 trials of 1,000 steps at a time take two to three minutes.
 """
 
 import argparse
@@ -30,7 +32,7 @@ LAYERS = {
 }
 SEEDS = (0, 1, 2)
 STEPS, FIRST_LOOK = 1000, 100
-TOKENS_PER_STEP, LENGTH = 2048, 512
+TOKENS_PER_STEP, LENGTH = 2048, 512  # by default; tokens of a row
 RATE = 3e-3
 HELDOUT_ROWS = 16
 LEVEL, PROBLEMS_PER_TASK = 2, 75
@@ -48,20 +50,20 @@ def _add(turn: int, name: str, mixer: dict, init: str = "aligned", layers: str =
 
 for kind in ("mamba1", "mamba2", "gated_delta_net", "kimi_delta_attention"):
     for init in INITS:
-        _add(1 if init == "attention_gate" else 0, f"{kind}, {init}", {"type": kind}, init)
+        _add(2 if init == "attention_gate" else 0, f"{kind}, {init}", {"type": kind}, init)
     _add(3, f"{kind}, neutral, gate bias", {"type": kind, "gate_bias": True}, "neutral")
     if kind != "mamba1":
         linear = {"type": kind, "conv_activation": "none"}
         _add(3, f"{kind}, no activation, neutral", linear, "neutral")
         _add(3, f"{kind}, no activation, gate bias, neutral", linear | {"gate_bias": True}, "neutral")
     for init in ("aligned", "neutral", "random"):
-        _add(2, f"{kind}, {init}, most", {"type": kind}, init, "most")
+        _add(1, f"{kind}, {init}, most", {"type": kind}, init, "most")
     _add(3, f"{kind}, aligned, fit", {"type": kind}, "aligned", "half", 100)
     _add(3, f"{kind}, neutral, fit", {"type": kind}, "neutral", "half", 100)
-_add(1, "mamba1, N 32, aligned", {"type": "mamba1", "state_size": 32})
-_add(1, "mamba2, N 16, aligned", {"type": "mamba2", "state_size": 16})
-_add(1, "gated_delta_net, K 16, aligned", {"type": "gated_delta_net", "head_dim": 16})
-_add(1, "kimi_delta_attention, K 16, aligned", {"type": "kimi_delta_attention", "head_dim": 16})
+_add(2, "mamba1, N 32, aligned", {"type": "mamba1", "state_size": 32})
+_add(2, "mamba2, N 16, aligned", {"type": "mamba2", "state_size": 16})
+_add(2, "gated_delta_net, K 16, aligned", {"type": "gated_delta_net", "head_dim": 16})
+_add(2, "kimi_delta_attention, K 16, aligned", {"type": "kimi_delta_attention", "head_dim": 16})
 _add(3, "mamba2, no gate norm, aligned", {"type": "mamba2", "gate_norm": False})
 _add(
     3, "mamba2, no gate norm, neutral, gate bias", {"type": "mamba2", "gate_norm": False, "gate_bias": True}, "neutral"
@@ -70,14 +72,19 @@ _add(3, "gated_delta_net, no l2 norm, aligned", {"type": "gated_delta_net", "l2_
 _add(3, "gated_delta_net, no output norm, aligned", {"type": "gated_delta_net", "output_norm": False})
 _add(3, "gated_delta_net, sigmoid gate, neutral", {"type": "gated_delta_net", "gate": "sigmoid"}, "neutral")
 for window in (32, 128):
-    _add(1, f"sliding_window, {window}", {"type": "sliding_window", "window": window})
-    _add(1, f"sliding_window, {window}, sink", {"type": "sliding_window", "window": window, "sink": True})
+    _add(2, f"sliding_window, {window}", {"type": "sliding_window", "window": window})
+    _add(2, f"sliding_window, {window}, sink", {"type": "sliding_window", "window": window, "sink": True})
     _add(2, f"sliding_window, {window}, most", {"type": "sliding_window", "window": window}, layers="most")
 _add(0, "identity", {"type": "identity"})
-_add(2, "identity, most", {"type": "identity"}, layers="most")
+_add(1, "identity, most", {"type": "identity"}, layers="most")
 
 
-def run_trial(name: str, seed: int, packed: Path, work: Path, steps: int) -> dict:
+def look_every(steps: int) -> int:
+    """How many steps lie between two looks at the held-out rows."""
+    return FIRST_LOOK if steps > FIRST_LOOK else max(1, steps // 4)
+
+
+def run_trial(name: str, seed: int, packed: Path, work: Path, steps: int, tokens_per_step: int) -> dict:
     """Run one trial; see the module's docstring."""
     import torch
     from transformers import AutoTokenizer
@@ -104,22 +111,23 @@ def run_trial(name: str, seed: int, packed: Path, work: Path, steps: int) -> dic
     heldout, rows = rows.part(0, HELDOUT_ROWS), rows.part(HELDOUT_ROWS, len(rows))
     common = {
         "model": "student",
-        "tokens_per_step": TOKENS_PER_STEP,
+        "tokens_per_step": tokens_per_step,
         "sequence_length": LENGTH,
-        "rows_per_batch": TOKENS_PER_STEP // LENGTH,
+        "rows_per_batch": tokens_per_step // LENGTH,
         "train": "mixers",
         "save_every": 10**6,
         "seed": seed,
     }
-    folder = work / f"{list(VARIANTS).index(name)}-{seed}"
+    folder = work / f"{list(VARIANTS).index(name)}-{seed}-{steps}-{tokens_per_step}"
     trained = mixer["type"] != "identity"  # which has nothing to train
-    record = {"name": name, "seed": seed, "zero_shot": heldout_divergence(student, teacher, heldout, rows_per_batch=8)}
+    record = {"name": name, "seed": seed, "steps": steps, "tokens_per_step": tokens_per_step}
+    record["zero_shot"] = heldout_divergence(student, teacher, heldout, rows_per_batch=8)
     if trained:
         if fit_steps:
             stage = FitStage(name="fit", steps=fit_steps, learning_rate=1e-2, **common)
-            fit(student, teacher, rows.part(0, fit_steps * TOKENS_PER_STEP // LENGTH), stage, folder / "fit")
+            fit(student, teacher, rows.part(0, fit_steps * tokens_per_step // LENGTH), stage, folder / "fit")
             record["fitted"] = heldout_divergence(student, teacher, heldout, rows_per_batch=8)
-        stop = {"every": min(FIRST_LOOK, steps), "heldout_rows": HELDOUT_ROWS, "below": 1e-12}
+        stop = {"every": look_every(steps), "heldout_rows": HELDOUT_ROWS, "below": 1e-12}
         stage = DistillStage(name="distill", steps=steps, learning_rate=RATE, warmup_steps=20, stop=stop, **common)
         looks = {}
 
@@ -139,7 +147,7 @@ def run_trial(name: str, seed: int, packed: Path, work: Path, steps: int) -> dic
     }
 
 
-def pack(seed: int, out: Path, steps: int) -> None:
+def pack(seed: int, out: Path, num_tokens: int) -> None:
     """Pack the rows of one seed, held-out ones first; keep them if they are there."""
     if out.exists():
         return
@@ -149,32 +157,33 @@ def pack(seed: int, out: Path, steps: int) -> None:
     from hybridize.spec.data import WorldDataSpec
 
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
-    num_rows = HELDOUT_ROWS + steps * TOKENS_PER_STEP // LENGTH
+    num_rows = HELDOUT_ROWS + num_tokens // LENGTH
     rows = pack_rows(WorldDataSpec(levels=(1, 2)), tokenizer, LENGTH, num_rows, seed)
     out.write_bytes(lzma.compress(pickle.dumps(rows), preset=1))
 
 
-def _worker(tasks: "multiprocessing.Queue", results: "multiprocessing.Queue", out: Path, steps: int) -> None:
+def _worker(tasks: "multiprocessing.Queue", results: "multiprocessing.Queue", out: Path, *budget: int) -> None:
     while (task := tasks.get()) is not None:
         name, seed = task
         try:
-            results.put(run_trial(name, seed, out / f"rows-{seed}.pickle.xz", out / "work", steps))
+            results.put(run_trial(name, seed, out / f"rows-{seed}.pickle.xz", out / "work", *budget))
         except Exception as error:
             results.put({"name": name, "seed": seed, "error": f"{type(error).__name__}: {error}"})
 
 
-def run(out: Path, workers: int, steps: int, seeds: tuple[int, ...], wanted: str, seconds: float) -> None:
-    """Run the trials that are missing, turn by turn, seed by seed; stop after `seconds`."""
+def run(out: Path, workers: int, budget: tuple[int, int], seeds: tuple[int, ...], wanted: str, seconds: float) -> None:
+    """Run the trials of a budget (steps, tokens a step) that are missing, turn by turn; stop after `seconds`."""
     out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     began = time.perf_counter()
-    packers = [context.Process(target=pack, args=(seed, out / f"rows-{seed}.pickle.xz", steps)) for seed in seeds]
+    num_tokens = max(budget[0] * budget[1], STEPS * TOKENS_PER_STEP)  # the same rows for every budget
+    packers = [context.Process(target=pack, args=(seed, out / f"rows-{seed}.pickle.xz", num_tokens)) for seed in seeds]
     for packer in packers:
         packer.start()
     for packer in packers:
         packer.join()
-    print(f"packed {len(seeds)} x {steps} steps in {time.perf_counter() - began:.0f} s", flush=True)
-    done = {(trial["name"], trial["seed"]) for trial in read(out)}
+    print(f"packed {len(seeds)} x {num_tokens:,} tokens in {time.perf_counter() - began:.0f} s", flush=True)
+    done = {(trial["name"], trial["seed"]) for trial in read(out) if budget_of(trial) == budget}
     todo = [(name, seed) for seed in seeds for name in VARIANTS if re.search(wanted, name) and (name, seed) not in done]
     todo.sort(key=lambda task: VARIANTS[task[0]][-1])
     tasks, results = context.Queue(), context.Queue()
@@ -182,7 +191,7 @@ def run(out: Path, workers: int, steps: int, seeds: tuple[int, ...], wanted: str
         tasks.put(task)
     for _ in range(workers):
         tasks.put(None)
-    processes = [context.Process(target=_worker, args=(tasks, results, out, steps)) for _ in range(workers)]
+    processes = [context.Process(target=_worker, args=(tasks, results, out, *budget)) for _ in range(workers)]
     for process in processes:
         process.start()
     with (out / "trials.jsonl").open("a") as file:
@@ -208,24 +217,30 @@ def read(out: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def budget_of(trial: dict) -> tuple[int, int]:
+    """Steps of a trial, and tokens of a step."""
+    return trial.get("steps", STEPS), trial.get("tokens_per_step", TOKENS_PER_STEP)
+
+
 def table(out: Path) -> str:
-    """The trials as a Markdown table: means over seeds, with the standard deviation where there are several."""
-    lines = [
-        "| mixer, start | layers | seeds | KL at once | KL, 100 steps | KL, 1,000 steps | right answers, % |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """The trials as a Markdown table for each budget: means over seeds, with the standard deviation of several."""
     trials = read(out)
-    for name, (_, _, layers, _, _) in VARIANTS.items():
-        mine = [trial for trial in trials if trial["name"] == name]
-        if not mine:
-            continue
-        looks = [{int(step): nats for step, nats in trial.get("looks", {}).items()} for trial in mine]
-        first = [look[FIRST_LOOK] for look in looks if FIRST_LOOK in look]
-        last = [look[max(look)] for look in looks if look]
-        right = [100 * trial["correct"] / trial["problems"] for trial in mine]
-        cells = [_cell([trial["zero_shot"] for trial in mine]), _cell(first), _cell(last), _cell(right, ".1f")]
-        lines.append(f"| {name} | {len(LAYERS[layers])} | {len(mine)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    parts = []
+    for steps, tokens in sorted({budget_of(trial) for trial in trials}):
+        looks = [FIRST_LOOK, steps] if steps > FIRST_LOOK else [look_every(steps), 2 * look_every(steps), steps]
+        heads = "".join(f" KL, {look:,} steps |" for look in looks)
+        parts.append(f"{steps:,} steps of {tokens:,} tokens\n")
+        parts.append(f"| mixer, start | layers | seeds | KL at once |{heads} right answers, % |")
+        parts.append("|---" * (5 + len(looks)) + "|")
+        for name, (_, _, layers, _, _) in VARIANTS.items():
+            mine = [trial for trial in trials if trial["name"] == name and budget_of(trial) == (steps, tokens)]
+            if mine:
+                at = [[trial["looks"][str(look)] for trial in mine if "looks" in trial] for look in looks]
+                right = [100 * trial["correct"] / trial["problems"] for trial in mine]
+                cells = [_cell([trial["zero_shot"] for trial in mine]), *map(_cell, at), _cell(right, ".1f")]
+                parts.append(f"| {name} | {len(LAYERS[layers])} | {len(mine)} | {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts)
 
 
 def _cell(values: list[float], form: str = ".4f") -> str:
@@ -240,6 +255,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--tokens-per-step", type=int, default=TOKENS_PER_STEP)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--only", default="", help="run trials whose name matches this regular expression")
     parser.add_argument("--seconds", type=float, default=86400, help="stop after so long")
@@ -248,7 +264,8 @@ def main() -> None:
     if options.table:
         print(table(options.out))
         return
-    run(options.out, options.workers, options.steps, tuple(options.seeds), options.only, options.seconds)
+    budget = options.steps, options.tokens_per_step
+    run(options.out, options.workers, budget, tuple(options.seeds), options.only, options.seconds)
 
 
 if __name__ == "__main__":

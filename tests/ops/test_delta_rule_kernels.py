@@ -20,6 +20,7 @@ from delta_rule_inputs import (
 )
 from torch import Tensor
 
+from hybridize.ops import gated_delta, kimi_delta
 from hybridize.ops.delta_rule import fla_kernels
 
 
@@ -117,16 +118,6 @@ def test_kernels_get_no_decay_that_costs_them_their_digits(op: str, g: float) ->
     assert_same({"o": o_BLHV, "state": end_BHKV, **dict(zip(names, grads, strict=True))}, expected, 1e-4)
 
 
-@both_ops
-def test_the_kernel_of_a_step_sees_one_token(op: str) -> None:
-    inputs = make_inputs(op, length=1, dtype=torch.float32)
-    state_BHKV = inputs.pop("initial_state_BHKV")
-    token = [tensor[:, 0] for tensor in inputs.values()]
-    got = fla_kernels.call_step(kernel_of(op), state_BHKV, *token, 6**-0.5)
-    for tensor, expected in zip(got, OPS[op][1](state_BHKV, *token), strict=True):
-        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @both_ops
@@ -174,7 +165,8 @@ def test_gpu_picks_the_kernels_and_steps_agree(op: str, monkeypatch: pytest.Monk
     for use_kernel in (True, False):
         state, steps = state_BHKV, []
         if not use_kernel:
-            monkeypatch.setattr(fla_kernels, "takes", lambda *args: False)
+            for door in (gated_delta, kimi_delta):
+                monkeypatch.setattr(door, "takes_kernel", lambda *args: False)
         for token in tokens:
             o_BHV, state = OPS[op][1](state, *token)
             steps.append(o_BHV)

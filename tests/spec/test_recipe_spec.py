@@ -50,12 +50,13 @@ def test_explicit_layers_are_listed_with_their_places():
     assert job.layers_named() == {"recipe.stages[1].layers": (3, 5)}
 
 
+SEARCH = {"kind": "search", "rankings": ["rank"], "num_layers": 2}
 RANK, CONVERT = {"kind": "rank"}, {"kind": "convert", "layers": [1]}
 ONE_FAULT = {
     "kind": (
         [{"kind": "rnk"}],
-        "recipe.stages[0].kind: 'rnk' is unknown; use one of traces, rank, convert, fit, distill, sft, on_policy, "
-        "merge, schedule, evaluate, harness, text, throughput, report; "
+        "recipe.stages[0].kind: 'rnk' is unknown; use one of traces, rank, search, convert, fit, distill, sft, "
+        "on_policy, merge, schedule, evaluate, harness, text, throughput, report; "
         "did you mean 'rank'?",
     ),
     "no kind": ([RANK, {"name": "x"}], "recipe.stages[1]: its kind is missing; add kind"),
@@ -86,7 +87,7 @@ ONE_FAULT = {
     ),
     "no choice": (
         [{"kind": "convert"}],
-        "recipe.stages[0]: give either layers, or ranking and num_layers, or layout",
+        "recipe.stages[0]: give either layers, or ranking and num_layers, or search, or layout",
     ),
     "a layout of digits without quotes": (
         [{"kind": "convert", "layout": 2222}],
@@ -120,7 +121,7 @@ ONE_FAULT = {
     ),
     "two choices": (
         [RANK, {**CONVERT, "ranking": "rank", "num_layers": 2}],
-        "recipe.stages[1]: give either layers, or ranking and num_layers, or layout",
+        "recipe.stages[1]: give either layers, or ranking and num_layers, or search, or layout",
     ),
     "how many": (
         [RANK, {"kind": "convert", "ranking": "rank"}],
@@ -133,6 +134,30 @@ ONE_FAULT = {
     "misspelt ranking": (
         [RANK, {"kind": "convert", "ranking": "rnk", "num_layers": 2}],
         "recipe.stages[1].ranking: 'rnk' is unknown; use one of rank; did you mean 'rank'?",
+    ),
+    "a search and a mixer": (
+        [RANK, SEARCH, {"kind": "convert", "search": "search", "mixer": "mamba2"}],
+        "recipe.stages[2].mixer: the search says what every layer becomes; remove mixer",
+    ),
+    "a search of a hybrid": (
+        [RANK, SEARCH, CONVERT, {"name": "more", "kind": "convert", "search": "search", "model": "convert"}],
+        "recipe.stages[3].model: a search is about the teacher, not about 'convert'; remove model",
+    ),
+    "a search without a target": (
+        [RANK, {"kind": "search", "rankings": ["rank"]}],
+        "recipe.stages[1]: give speedup, or num_layers, or both; else nothing need be replaced",
+    ),
+    "a search's ranking twice": (
+        [RANK, {**SEARCH, "rankings": ["rank", "rank"]}],
+        "recipe.stages[1].rankings: ['rank', 'rank'] is not accepted: 'rank' is named twice; name each ranking once",
+    ),
+    "a search's misspelt ranking": (
+        [RANK, {**SEARCH, "rankings": ["rnk"]}],
+        "recipe.stages[1].rankings[0]: 'rnk' is unknown; use one of rank; did you mean 'rank'?",
+    ),
+    "a misspelt search": (
+        [RANK, SEARCH, {"kind": "convert", "search": "serach"}],
+        "recipe.stages[2].search: 'serach' is unknown; use one of search; did you mean 'search'?",
     ),
     "misspelt model": (
         [CONVERT, {"kind": "distill", "model": "convrt", "steps": 1}],

@@ -9,9 +9,26 @@ from hybridize.cli.converting import convert, merge, rank
 from hybridize.cli.exchanging import export, import_
 from hybridize.cli.jobs import plan, report, run
 from hybridize.cli.judging import evaluate, throughput
+from hybridize.cli.searching import search
 from hybridize.cli.training import distill, fit, sft, traces
 
-VERBS = (run, plan, traces, rank, convert, fit, distill, sft, merge, evaluate, throughput, report, import_, export)
+VERBS = (
+    run,
+    plan,
+    traces,
+    rank,
+    search,
+    convert,
+    fit,
+    distill,
+    sft,
+    merge,
+    evaluate,
+    throughput,
+    report,
+    import_,
+    export,
+)
 
 app = typer.Typer(
     name="hybridize",

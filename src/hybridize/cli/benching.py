@@ -1,11 +1,15 @@
-"""Verbs that measure code rather than models: `bench kernels`."""
+"""Verbs that measure speed alone, whatever the weights: `bench kernels`, `bench serve`."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-bench = typer.Typer(name="bench", help="Measure kernels beside rivals and the hardware's floor.", no_args_is_help=True)
+bench = typer.Typer(
+    name="bench",
+    help="Measure kernels, and models in vLLM, beside rivals and the hardware's floor.",
+    no_args_is_help=True,
+)
 
 _LOSS = "distillation_loss"
 _SMALL: dict[str, Any] = {"channels": 256, "states": 16, "heads": 16, "groups": 8, "length": 1024, "head_dim": 32}
@@ -65,3 +69,79 @@ def kernels(
         records += lengths
     if out is not None:
         write_whole(out, json.dumps(records, indent=1))
+
+
+@bench.command()
+def serve(
+    out: Annotated[
+        Path, typer.Option(help="A file of JSON lines to add records to; what is in it is not measured again.")
+    ] = Path("serving.jsonl"),
+    teacher: Annotated[
+        str | None, typer.Option(help="Folder or name on the hub, of which the config is read; or a shape: apriel-15b.")
+    ] = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(help="name=word, a letter per layer; am*25 is am 25 times. Repeatable. By default the paper's."),
+    ] = None,
+    scenario: Annotated[
+        list[str] | None,
+        typer.Option(help="Tokens read and written, e.g. 1k:8k. Repeatable. By default 1:16k, 1k:8k and 8k:16k."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Measure this model (teacher, or a name) and show what there is of the others. Repeatable."),
+    ] = None,
+    whole: Annotated[
+        bool,
+        typer.Option("--whole", help="Run each scenario in full, for many minutes, instead of sampling its steps."),
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="Measurements of each point; the median counts.")] = 3,
+    steps: Annotated[int, typer.Option(help="Decode steps of each measurement.")] = 32,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the GPU's memory for vLLM.")] = 0.9,
+    max_sequences: Annotated[
+        int | None, typer.Option(help="No more than so many at a time. By default all that fit.")
+    ] = None,
+    state_dtype: Annotated[str, typer.Option(help="Of the recurrences' states: float32 or bfloat16.")] = "float32",
+    timeout: Annotated[float, typer.Option(help="Minutes after which a model is given up.")] = 30.0,
+    small: Annotated[bool, typer.Option("--small", help="A pocket shape and short scenarios, for a CPU.")] = False,
+) -> None:
+    """Measure teacher and hybrids in vLLM, with random weights: sequences held, decode steps, tokens per second."""
+    from hybridize.bench.scenarios import (
+        PAPER_LAYOUTS,
+        SCENARIOS,
+        SMALL_LAYOUTS,
+        SMALL_SCENARIOS,
+        read_layouts,
+        read_scenarios,
+    )
+    from hybridize.bench.serving import ServedModel, measure_serving, serving_table
+    from hybridize.pipeline.serving_cost import read_serving_teacher, served_shape
+    from hybridize.spec.base import choose
+
+    config = read_serving_teacher(teacher or ("pocket" if small else "apriel-15b"))
+    layouts = read_layouts(layout or [], SMALL_LAYOUTS if small else PAPER_LAYOUTS, config["num_hidden_layers"])
+    names = [choose("--only", name, layouts) for name in only or layouts]
+    rest = [name for name in layouts if name not in names]
+    models = [
+        ServedModel(
+            name, layouts[name], config, served_shape(config, layouts[name], state_dtype=state_dtype, place="--layout")
+        )
+        for name in names + rest
+    ]
+    records = measure_serving(
+        models,
+        read_scenarios(scenario or []) or (SMALL_SCENARIOS if small else SCENARIOS),
+        out,
+        only=names,
+        whole=whole,
+        repeats=repeats,
+        steps=min(steps, 8) if small else steps,
+        utilization=gpu_memory_utilization,
+        max_sequences=max_sequences,
+        state_dtype=state_dtype,
+        timeout_seconds=60 * timeout,
+        on_progress=lambda line: typer.echo(line, err=True),
+    )
+    typer.echo(serving_table(records))
+    if any("error" in record for record in records):
+        raise typer.Exit(1)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 APRIEL = "apriel-h1"
+VLLM = "vllm"
 
 
 def import_(
@@ -30,20 +31,36 @@ def import_(
 def export(
     source: Annotated[Path, typer.Argument(help="Folder of a hybrid.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
-    form: Annotated[str, typer.Option("--to", help="Whose format to write: apriel-h1.")] = APRIEL,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="Whose format to write: vllm, which is what fits of granite-hybrid and qwen3.5, both served by vLLM "
+            "without the plugin; or apriel-h1.",
+        ),
+    ] = VLLM,
 ) -> None:
     """Write a hybrid in another format, if its layers fit there."""
-    from hybridize.models import export_apriel
+    from hybridize.models import export_apriel, export_native
+    from hybridize.models.exports import FORMATS
     from hybridize.pipeline.artifacts import writing
     from hybridize.pipeline.progress import Reporter
     from hybridize.spec.base import choose
 
-    choose("--to", form, (APRIEL,))
+    choose("--to", form, (VLLM, *FORMATS, APRIEL))
     with writing(out), Reporter().bar("exporting") as advance:
-        made = export_apriel(source, out, on_progress=advance)
+        if form == APRIEL:
+            made = export_apriel(source, out, on_progress=advance)
+        else:
+            made = export_native(source, out, None if form == VLLM else form, on_progress=advance)
     typer.echo(f"{out}: layout {made['layout']}, {made['num_tensors']} tensors, {made['num_bytes'] / 1e9:,.2f} GB")
-    if made["num_halved"]:
+    if made.get("num_halved"):
         typer.echo(f"{made['num_halved']} step-size biases are halved: that format's code adds them twice")
+    if "architecture" in made:
+        added = made["num_added"] / (made["num_parameters"] - made["num_added"])
+        typer.echo(f"it is a {made['architecture']}, with {added:.1%} more parameters than the hybrid")
+        for note in made["notes"]:
+            typer.echo(note)
 
 
 def _folder(source: str) -> Path:

@@ -1,6 +1,7 @@
 """Verbs for whole jobs: run, plan, report."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,10 @@ import typer
 from hybridize.cli.options import RecipeArgument
 
 
-def run(recipe: RecipeArgument) -> None:
+def run(
+    recipe: RecipeArgument,
+    jobs: Annotated[int, typer.Option(help="Stages done at a time, each in a process of its own.")] = 1,
+) -> None:
     """Do a whole job: every stage of a recipe, going on where a killed run stopped."""
     from hybridize.pipeline.collecting import collect
     from hybridize.pipeline.runner import check_against_teacher, run_recipe
@@ -17,7 +21,7 @@ def run(recipe: RecipeArgument) -> None:
     from hybridize.spec.recipe import load_recipe
 
     spec = load_recipe(recipe)
-    artifacts = run_recipe(spec)
+    artifacts = run_recipe(spec, jobs=jobs)
     finished = {name: a for name, a in artifacts.items() if a.manifest["kind"] != "report"}
     _print(console_summary(collect(spec, check_against_teacher(spec), finished)))
     for artifact in artifacts.values():
@@ -26,13 +30,42 @@ def run(recipe: RecipeArgument) -> None:
 
 
 def plan(
-    recipe: RecipeArgument,
+    recipe: Annotated[Path | None, typer.Argument(help="The recipe, a YAML file; none with --serve.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="The teacher's config.json, if the teacher itself is not at hand.")
     ] = None,
     tflops: Annotated[float, typer.Option(help="Sustained speed to reckon hours with, in TFLOP/s per GPU.")] = 400.0,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Predict instead what serving a teacher and its hybrids with vLLM costs.")
+    ] = False,
+    teacher: Annotated[
+        str, typer.Option(help="With --serve: folder, name on the hub, or a shape: apriel-15b.")
+    ] = "apriel-15b",
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(help="With --serve: name=word, a letter per layer; am*25 is am 25 times. Repeatable."),
+    ] = None,
+    scenario: Annotated[
+        list[str] | None, typer.Option(help="With --serve: tokens read and written, e.g. 1k:8k. Repeatable.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="With --serve: h200, h100, a100 or l40s.")] = None,
+    memory_gib: Annotated[float | None, typer.Option(help="With --serve: the GPU's memory.")] = None,
+    bandwidth_tbs: Annotated[float | None, typer.Option(help="With --serve: its memory's bandwidth, TB/s.")] = None,
+    gpu_memory_utilization: Annotated[float, typer.Option(help="With --serve: share of the memory for vLLM.")] = 0.9,
+    state_dtype: Annotated[str, typer.Option(help="With --serve: float32 or bfloat16.")] = "float32",
+    price_per_hour: Annotated[float | None, typer.Option(help="With --serve: of the GPU, in dollars.")] = None,
 ) -> None:
-    """Say what a recipe would do and cost; trains nothing, loads no model."""
+    """Say what a recipe would do and cost, or with --serve what serving would; trains nothing, loads no model."""
+    if serve:
+        if recipe is not None:
+            raise ValueError(f"plan --serve: it reads no recipe, but {recipe} is given; use --teacher and --layout")
+        hardware = (gpu, memory_gib, bandwidth_tbs)
+        _plan_serving(
+            teacher, layout or [], scenario or [], hardware, gpu_memory_utilization, state_dtype, price_per_hour
+        )
+        return
+    if recipe is None:
+        raise ValueError("plan: the recipe is missing; give a YAML file, or --serve to plan serving")
     from hybridize.pipeline.planning import TeacherShape, plan_recipe, read_teacher_config
     from hybridize.pipeline.runner import check_against_teacher
     from hybridize.spec.recipe import load_recipe
@@ -83,6 +116,61 @@ def _plan_table(costs: list[Any], tflops: float) -> Any:
         f"{most / 2**30:,.1f} GiB",
         *_show_work(sum(cost.operations for cost in costs), tflops),
     )
+    return table
+
+
+def _plan_serving(
+    teacher: str,
+    layouts: list[str],
+    scenarios: list[str],
+    hardware: tuple[str | None, float | None, float | None],
+    utilization: float,
+    state_dtype: str,
+    price: float | None,
+) -> None:
+    from hybridize.bench.scenarios import PAPER_LAYOUTS, SCENARIOS, read_layouts, read_scenarios
+    from hybridize.pipeline.serving_cost import plan_serving, read_gpu, read_serving_teacher
+
+    config = read_serving_teacher(teacher)
+    if not layouts and teacher != "apriel-15b":
+        raise ValueError(f"plan --serve: no layout for {teacher}; give one or more, e.g. --layout name=am*12")
+    words = read_layouts(layouts, PAPER_LAYOUTS, config["num_hidden_layers"])
+    gpu = read_gpu(*hardware)
+    asked = read_scenarios(scenarios) or SCENARIOS
+    plan = plan_serving(config, words, gpu, asked, utilization=utilization, state_dtype=state_dtype)
+    _print(_serving_table(plan.rows, price))
+    for warning in plan.warnings:
+        typer.echo(f"warning: {warning}")
+
+
+def _serving_table(rows: Sequence[Any], price: float | None) -> Any:
+    from rich.table import Table
+
+    caption = "sequences: that the memory holds complete; floor: what a step must move, at the speed of a large copy"
+    table = Table("scenario", "model", caption=caption)
+    for column in ("KV groups", "sequences", "ms a step", "floor", "tokens/s", "x teacher"):
+        table.add_column(column, justify="right")
+    table.add_column("GPU h per M tokens" if price is None else "$ per M tokens", justify="right")
+    teacher = 0.0
+    for i, (name, scenario, expected) in enumerate(rows):
+        if i and scenario != rows[i - 1][1]:
+            table.add_section()
+        if not i or scenario != rows[i - 1][1]:
+            teacher = expected.tokens_per_second
+        if not expected.sequences:
+            table.add_row(str(scenario), name, str(expected.groups), "0", *["-"] * 5)
+            continue
+        table.add_row(
+            str(scenario),
+            name,
+            str(expected.groups),
+            f"{expected.sequences:,}",
+            f"{expected.step_ms:.1f}",
+            f"{expected.floor_ms:.1f}",
+            f"{expected.tokens_per_second:,.0f}",
+            f"{expected.tokens_per_second / teacher:.2f}" if teacher else "-",
+            f"{expected.gpu_hours_per_million * (1 if price is None else price):,.3f}",
+        )
     return table
 
 

@@ -168,6 +168,10 @@ def pack_rows(data: ReadableData, tokenizer: Any, sequence_length: int, num_rows
 def _tokenize(tokenizer: Any, conversation: Conversation) -> tuple[list[int], int]:
     from jinja2.exceptions import TemplateError
 
+    if conversation.text is not None:
+        ids = tokenizer(conversation.text, add_special_tokens=False)["input_ids"]
+        ends = [[] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
+        return [*ends[0], *ids, *ends[1]], 0
     try:
         rendered = render(tokenizer, conversation.messages)
     except (ValueError, TemplateError) as error:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from hybridize.data.growing_cache import make_cache
+
 Key = tuple[int, ...]
 """Names an answer's random numbers; its first number is the seed."""
 
@@ -104,6 +106,8 @@ def sample_answers(
     if temperature:
         draw = Draw(draw_uniform(keys, max_new_tokens).to(device), temperature, top_p, width)
         drawing["logits_processor"] = LogitsProcessorList([draw])
+    cache = make_cache(model.config)
+    caching = {} if cache is None else {"past_key_values": cache}
     with _set_up(model):
         output = model.generate(
             input_ids=torch.tensor(input_ids, device=device),
@@ -114,6 +118,7 @@ def sample_answers(
             pad_token_id=pad_token,
             use_cache=True,
             **drawing,
+            **caching,
         )
     return [_until_end(answer, set(end_tokens)) for answer in output[:, width:].tolist()]
 

@@ -10,6 +10,7 @@ from itertools import count, islice
 from random import Random
 
 from hybridize.data.chat import Message
+from hybridize.data.plain import is_plain, read_pieces
 from hybridize.data.rows import parse_chat, parse_prompt
 from hybridize.data.tables import Table, open_table
 from hybridize.data.world import Problem, draw_problem
@@ -23,17 +24,19 @@ ReadableData = WorldDataSpec | FileDataSpec | HubDataSpec
 
 @dataclass(frozen=True)
 class Conversation:
-    """A conversation that ends with an assistant message.
+    """A conversation that ends with an assistant message, or a piece of plain text.
 
     Attributes:
-        messages: at least two, each with `role` and `content`.
+        messages: at least two, each with `role` and `content`; none of plain text.
         place: where it comes from, for errors, e.g. `traces.jsonl:17`.
         epoch: how many times its source has been gone through when this pass is over; 1 at first.
+        text: the plain text; None of a conversation.
     """
 
     messages: list[Message]
     place: str
     epoch: int
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Prompt:
 
 
 def iter_conversations(data: ReadableData, seed: int) -> Iterator[list[Message]]:
-    """Conversations without end, each ending with an assistant message.
+    """Conversations without end, each ending with an assistant message; plain text has no messages.
 
     Args:
         data: where they come from. The world gives training problems, tasks and levels in turn; a file or data set is
@@ -79,6 +82,8 @@ def iter_placed(data: ReadableData, seed: int) -> Iterator[Conversation]:
     """As `iter_conversations`, with where each conversation comes from."""
     if isinstance(data, WorldDataSpec):
         return _iter_world(data, seed)
+    if isinstance(data, FileDataSpec) and is_plain(data.path):
+        return _iter_pieces(read_pieces(data.path), data.path, seed)
     table = open_table(data)
     for place, row in table.rows():
         parse_chat(row, place)  # now, not amid training
@@ -100,6 +105,8 @@ def read_prompts(data: ReadableData, num_prompts: int, seed: int) -> list[Prompt
     if isinstance(data, WorldDataSpec):
         drawn = islice(_draw(data, seed), num_prompts)
         return [Prompt(problem.messages[:1], problem.answer, id, place, problem) for problem, id, place in drawn]
+    if isinstance(data, FileDataSpec) and is_plain(data.path):
+        raise ValueError(f"{data.path}: plain text holds no prompts; give a file of chats, or the world")
     prompts = []
     for place, row in islice(open_table(data).rows(), num_prompts):
         messages, answer = parse_prompt(row, place)
@@ -127,6 +134,14 @@ def _draw_cells(cells: list[tuple[str, int]], seed: int) -> Iterator[tuple[Probl
         task, level = cells[cell]
         problem = draw_problem(task, level, "train", index, seed)
         yield problem, f"world/{task}/{level}/{seed}/{index}", f"world {task} level {level} number {index}"
+
+
+def _iter_pieces(pieces: list[str], name: str, seed: int) -> Iterator[Conversation]:
+    for epoch in count(1):
+        order = list(range(len(pieces)))
+        Random(f"{seed}/{epoch}").shuffle(order)
+        for number in order:
+            yield Conversation([], f"{name}: piece {number + 1}", epoch, pieces[number])
 
 
 def _iter_table(table: Table, seed: int) -> Iterator[Conversation]:

@@ -1,7 +1,7 @@
 """What every mixer obeys.
 
 Legend: B batch, L length, E hidden size, D channels, N states per channel, T convolution taps; with heads: H heads, P
-channels of a head, K and V width of a head's keys and values.
+channels of a head, K and V width of a head's keys and values; M slots of a pool, W inputs of a pooled window.
 """
 
 import math
@@ -61,6 +61,41 @@ class Mixer(nn.Module, ABC):
         """
 
     @abstractmethod
+    def step_in_place(
+        self,
+        hidden_BE: Tensor,
+        conv_MDW: Tensor,
+        ssm_M: Tensor,
+        slot_B: Tensor | None = None,
+        null_slot: int | None = None,
+    ) -> Tensor:
+        """Mix one token of each of many sequences, whose states lie in pools and are updated there; no gradients.
+
+        Nothing waits for a GPU, and shapes depend on no data: steps can be captured in a CUDA graph.
+
+        Args:
+            hidden_BE: inputs, [B, E].
+            conv_MDW: `conv` of many states, [M, D, W]; W may be T, or T - 1, since the oldest of T inputs is out of
+                reach of what comes next. Slots may lie further apart than they are long.
+            ssm_M: `ssm` of many states, [M, ...], in any float dtype; computed with in fp32 at least.
+            slot_B: where each sequence has its state, int32 or int64; None: sequence b in slot b.
+            null_slot: the slot of rows that stand for no sequence. It is not touched.
+
+        Returns:
+            Outputs [B, E], meaningless for rows that stand for no sequence.
+
+        Raises:
+            ValueError: a shape or a dtype does not fit; names the argument, its value and the remedy.
+        """
+
+    def pack_projections(self) -> None:
+        """Let `step_in_place` make the projections of its input in one product, where there are several.
+
+        For a model that only answers: the parameters become parts of one matrix, and could no longer be saved or
+        optimised each by itself.
+        """
+
+    @abstractmethod
     def state_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each tensor of the state, by its name in `MixerState`; {} for a mixer without one."""
 
@@ -100,6 +135,16 @@ def check_inputs(
             got_shape = tuple(getattr(state, name).shape)
             if got_shape != shape:
                 raise ValueError(f"state.{name}: shape {got_shape}; pass {list(shape)}")
+
+
+def check_step_inputs(hidden_size: int, hidden_BE: Tensor) -> None:
+    """Check the inputs of a step in place; its pools are checked where they are used.
+
+    Raises:
+        ValueError: the shape does not fit; names it and the remedy.
+    """
+    if hidden_BE.ndim != 2 or hidden_BE.shape[-1] != hidden_size:
+        raise ValueError(f"hidden_BE: shape {tuple(hidden_BE.shape)}; pass [batch, {hidden_size}]")
 
 
 def at_least_fp32(tensor: Tensor) -> Tensor:

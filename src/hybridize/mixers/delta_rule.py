@@ -8,26 +8,32 @@ Queries come in heads, keys and values in groups, and are convolved in groups to
 computed in fp32 whatever the module's dtype.
 
 Legend: B batch, L length, E hidden size, H heads, G groups of heads, K width of queries and keys, V width of values
-(V = K), X channels, of the convolution H K + G K + G V, T its taps.
+(V = K), X channels, of the convolution H K + G K + G V, T its taps; M slots of a pool.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import sigmoid, silu, softplus
+from torch.nn.functional import sigmoid
 
-from hybridize.mixers.base import Mixer, MixerState, at_least_fp32, check_inputs, draw_step_bias
+from hybridize.mixers.base import (
+    Mixer,
+    MixerState,
+    at_least_fp32,
+    check_inputs,
+    check_step_inputs,
+    draw_step_bias,
+)
 from hybridize.mixers.norms import BlockRMSNorm
-from hybridize.ops.causal_conv import causal_conv, causal_conv_step
+from hybridize.mixers.packing import PackedLinears, project_together
+from hybridize.ops.causal_conv import causal_conv, causal_conv_step, causal_conv_step_in_place
+from hybridize.ops.delta_rule.gates import log_decays, unit_length
+from hybridize.ops.delta_rule.in_place import delta_rule_step_in_place
+from hybridize.ops.gated_norm import gated_norm
 from hybridize.spec.mixers import GatedDeltaNetSpec, KimiDeltaAttentionSpec
-
-# Added to the squared length of queries and keys before they are scaled, as the papers' kernels do.
-_L2_EPS = 1e-6
-
-_GATES = {"silu": silu, "sigmoid": sigmoid}
 
 
 class DeltaRuleMixer(Mixer):
@@ -91,19 +97,25 @@ class DeltaRuleMixer(Mixer):
         if spec.output_norm:
             self.o_norm = BlockRMSNorm(self.head_dim, self.head_dim, spec.norm_eps)
         self.o_proj = nn.Linear(self.head_channels, hidden_size, bias=bool(spec.output_bias))
+        self._packed: PackedLinears | None = None
         self.reset_parameters()
 
     @abstractmethod
     def _add_projections(self) -> None:
         """Allocate the projections that give decays and the output gate."""
 
+    @property
     @abstractmethod
-    def _decay_inputs(self, hidden_BLE: Tensor) -> Tensor:
-        """What dt_bias is added to, [B, L, H] or [B, L, H K]."""
+    def _first_projections(self) -> tuple[nn.Linear, nn.Linear | None]:
+        """Those of the input that decays and gate are made of; None: no gate."""
 
-    @abstractmethod
-    def _gate_inputs(self, hidden_BLE: Tensor) -> Tensor:
-        """The output gate before bias and activation, [B, L, H V]."""
+    def _decay_inputs(self, projected: Tensor) -> Tensor:
+        """What dt_bias is added to, [..., H] or [..., H K], of the first projection's outputs."""
+        return projected
+
+    def _gate_inputs(self, projected: Tensor) -> Tensor:
+        """The output gate before bias and activation, [..., H V], of the first projection's outputs."""
+        return projected
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -155,15 +167,17 @@ class DeltaRuleMixer(Mixer):
         padding_BL1 = None if valid_BL is None else ~valid_BL.unsqueeze(-1)
         if padding_BL1 is not None:
             hidden_BLE = hidden_BLE.masked_fill(padding_BL1, 0.0)
-        qkv_BLX = self._project(hidden_BLE)
-        g = self._log_decays(hidden_BLE)
+        qkv_BLX = torch.cat(
+            self._normed(*(proj(hidden_BLE) for proj in (self.q_proj, self.k_proj, self.v_proj))), dim=-1
+        )
+        decay_proj, gate_proj = self._first_projections
+        g = log_decays(self._decay_inputs(decay_proj(hidden_BLE)), self.A_log, self.dt_bias, self.decay_per_channel)
         beta_BLH = sigmoid(at_least_fp32(self.b_proj(hidden_BLE)))
         if padding_BL1 is not None:
             qkv_BLX = qkv_BLX.masked_fill(padding_BL1, 0.0)  # biases and norms make something of nothing
             g = g.masked_fill(padding_BL1.view(*padding_BL1.shape, *[1] * (g.ndim - 3)), 0.0)
             beta_BLH = beta_BLH.masked_fill(padding_BL1, 0.0)
-        weight_XT = self.conv1d.weight.squeeze(1)
-        activation = None if self.spec.conv_activation == "none" else self.spec.conv_activation
+        weight_XT, activation = self.conv1d.weight.squeeze(1), self._conv_activation
         new_state = None
         if state is not None and hidden_BLE.shape[1] == 1:
             conv_BXT, ssm_BHKV = state
@@ -171,7 +185,7 @@ class DeltaRuleMixer(Mixer):
                 conv_BXT = conv_BXT.masked_fill(starts_BL.unsqueeze(-1), 0.0)
                 ssm_BHKV = ssm_BHKV.masked_fill(starts_BL[..., None, None], 0.0)
             qkv_BX, window_BXT = causal_conv_step(conv_BXT, qkv_BLX[:, 0], weight_XT, None, activation)
-            q_BHK, k_BGK, v_BGV = self._split(qkv_BX)
+            q_BHK, k_BGK, v_BGV = self._of_unit_length(*self._split(qkv_BX))
             o_BHV, ssm_BHKV = self.recurrence_step(ssm_BHKV, q_BHK, k_BGK, v_BGV, g[:, 0], beta_BLH[:, 0])
             o_BLHV = o_BHV.unsqueeze(1)
             if padding_BL1 is not None:
@@ -187,7 +201,7 @@ class DeltaRuleMixer(Mixer):
                 window_BDK=None if state is None else state.conv,
                 return_window=return_state,
             )
-            q_BLHK, k_BLGK, v_BLGV = self._split(qkv_BLX)
+            q_BLHK, k_BLGK, v_BLGV = self._of_unit_length(*self._split(qkv_BLX))
             o_BLHV, ssm = self.recurrence(
                 q_BLHK,
                 k_BLGK,
@@ -200,46 +214,81 @@ class DeltaRuleMixer(Mixer):
             )
             if window is not None and ssm is not None:
                 new_state = MixerState(window, ssm)
-        return self.o_proj(self._gated(o_BLHV, hidden_BLE)), new_state
+        return self.o_proj(self._gated(o_BLHV, None if gate_proj is None else gate_proj(hidden_BLE))), new_state
 
-    def _project(self, hidden_BLE: Tensor) -> Tensor:
-        """Queries, keys and values, normalised if the spec says so, one behind the other: [B, L, X]."""
-        q_BLX, k_BLX, v_BLX = self.q_proj(hidden_BLE), self.k_proj(hidden_BLE), self.v_proj(hidden_BLE)
+    @torch.no_grad()
+    def step_in_place(
+        self,
+        hidden_BE: Tensor,
+        conv_MDW: Tensor,
+        ssm_M: Tensor,
+        slot_B: Tensor | None = None,
+        null_slot: int | None = None,
+    ) -> Tensor:
+        """Mix one token of each of many sequences, whose states lie in pools; see `Mixer.step_in_place`."""
+        check_step_inputs(self.hidden_size, hidden_BE)
+        together, parts = project_together(self._packed, self._input_projections, hidden_BE)
+        q, k, v, decay_inputs, beta_inputs_BH = parts[:5]
+        if self.q_norm is None:
+            qkv_BX = together[:, : self.conv1d.in_channels]
+        else:
+            qkv_BX = torch.cat(self._normed(q, k, v), dim=-1)
+        qkv_BX = causal_conv_step_in_place(
+            conv_MDW, slot_B, qkv_BX, self.conv1d.weight.squeeze(1), None, self._conv_activation, null_slot=null_slot
+        )
+        decay_inputs = self._decay_inputs(decay_inputs)
+        if self.decay_per_channel:
+            decay_inputs = decay_inputs.unflatten(-1, (self.num_heads, self.head_dim))
+        o_BHV = delta_rule_step_in_place(
+            ssm_M,
+            slot_B,
+            *self._split(qkv_BX),
+            decay_inputs,
+            beta_inputs_BH,
+            A_log_H=self.A_log,
+            dt_bias=self.dt_bias,
+            unit_length=self.spec.l2_norm,
+            null_slot=null_slot,
+        )
+        return self.o_proj(self._gated(o_BHV, parts[5] if len(parts) > 5 else None))
+
+    def pack_projections(self) -> None:
+        """Let `step_in_place` make the projections of its input in one product; see `Mixer.pack_projections`."""
+        self._packed = PackedLinears(self._input_projections)
+
+    @property
+    def _input_projections(self) -> list[nn.Linear]:
+        decay_proj, gate_proj = self._first_projections
+        projections = [self.q_proj, self.k_proj, self.v_proj, decay_proj, self.b_proj]
+        return projections if gate_proj is None else [*projections, gate_proj]
+
+    @property
+    def _conv_activation(self) -> Literal["silu"] | None:
+        return "silu" if self.spec.conv_activation == "silu" else None
+
+    def _normed(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values out of their projections, normalised if the spec says so."""
         if self.q_norm is not None and self.k_norm is not None:
-            q_BLX, k_BLX = self.q_norm(q_BLX), self.k_norm(k_BLX)
-        return torch.cat([q_BLX, k_BLX, v_BLX], dim=-1)
-
-    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[..., X] to queries [..., H, K], keys [..., G, K] and values [..., G, V], scaled if the spec says so."""
-        q, k, v = qkv.split([self.head_channels, self.group_channels, self.group_channels], dim=-1)
-        q, k, v = (tensor.unflatten(-1, (-1, self.head_dim)) for tensor in (q, k, v))
-        if self.spec.l2_norm:
-            q, k = _unit(q), _unit(k)
+            q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
-    def _log_decays(self, hidden_BLE: Tensor) -> Tensor:
-        """Logarithms of the decays, at least in fp32: [B, L, H] or [B, L, H, K]."""
-        inputs = at_least_fp32(self._decay_inputs(hidden_BLE)) + at_least_fp32(self.dt_bias)
-        rate = -torch.exp(at_least_fp32(self.A_log))
-        step = softplus(inputs)
-        if self.decay_per_channel:
-            return rate.unsqueeze(-1) * step.unflatten(-1, (self.num_heads, -1))
-        return rate * step
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., X] to queries [..., H, K], keys [..., G, K] and values [..., G, V]: views."""
+        q, k, v = qkv.split([self.head_channels, self.group_channels, self.group_channels], dim=-1)
+        return tuple(tensor.unflatten(-1, (-1, self.head_dim)) for tensor in (q, k, v))
 
-    def _gated(self, o_BLHV: Tensor, hidden_BLE: Tensor) -> Tensor:
-        """The normalised and gated output, [B, L, H V]."""
-        out_BLX = o_BLHV.flatten(2)
-        if self.o_norm is not None:
-            out_BLX = self.o_norm(out_BLX)
-        if self.spec.gate == "none":
-            return out_BLX
-        gate_BLX = at_least_fp32(self._gate_inputs(hidden_BLE))
-        if self.spec.gate_bias:
-            gate_BLX = gate_BLX + at_least_fp32(self.gate_bias)
-        return (out_BLX * _GATES[self.spec.gate](gate_BLX)).to(out_BLX.dtype)
+    def _of_unit_length(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys scaled to length 1 if the spec says so; and the values."""
+        return (unit_length(q), unit_length(k), v) if self.spec.l2_norm else (q, k, v)
 
-
-def _unit(tensor: Tensor) -> Tensor:
-    """The last axis scaled to length 1, computed in fp32 at least, in the tensor's dtype."""
-    exact = at_least_fp32(tensor)
-    return (exact * torch.rsqrt(exact.square().sum(dim=-1, keepdim=True) + _L2_EPS)).to(tensor.dtype)
+    def _gated(self, o_BLHV: Tensor, projected: Tensor | None) -> Tensor:
+        """The normalised and gated output, [..., H V], of the gate's first projection."""
+        return gated_norm(
+            o_BLHV.flatten(-2),
+            None if projected is None else self._gate_inputs(projected),
+            activation="sigmoid" if self.spec.gate == "sigmoid" else "silu",
+            gate_bias_D=self.gate_bias if self.spec.gate_bias else None,
+            norm_weight=None if self.o_norm is None else self.o_norm.weight,
+            width=self.head_dim,
+            eps=0.0 if self.o_norm is None else self.o_norm.eps,
+        )

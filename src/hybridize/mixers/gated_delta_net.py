@@ -7,7 +7,7 @@
 Legend: B batch, L length, E hidden size, H heads, G groups of heads, K width of queries and keys, V width of values.
 """
 
-from torch import Tensor, nn
+from torch import nn
 
 from hybridize.mixers.delta_rule import DeltaRuleMixer
 from hybridize.ops.gated_delta import gated_delta_rule, gated_delta_rule_step
@@ -28,8 +28,6 @@ class GatedDeltaNetMixer(DeltaRuleMixer):
         if self.spec.gate != "none":
             self.g_proj = nn.Linear(self.hidden_size, self.head_channels, bias=False)
 
-    def _decay_inputs(self, hidden_BLE: Tensor) -> Tensor:
-        return self.a_proj(hidden_BLE)
-
-    def _gate_inputs(self, hidden_BLE: Tensor) -> Tensor:
-        return self.g_proj(hidden_BLE)
+    @property
+    def _first_projections(self) -> tuple[nn.Linear, nn.Linear | None]:
+        return self.a_proj, None if self.spec.gate == "none" else self.g_proj

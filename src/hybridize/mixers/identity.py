@@ -43,6 +43,17 @@ class IdentityMixer(Mixer):
         everywhere = torch.ones((), dtype=torch.bool, device=hidden_BLE.device)
         return hidden_BLE.masked_fill(everywhere, 0.0), None
 
+    def step_in_place(
+        self,
+        hidden_BE: Tensor,
+        conv_MDW: Tensor,
+        ssm_M: Tensor,
+        slot_B: Tensor | None = None,
+        null_slot: int | None = None,
+    ) -> Tensor:
+        """Return zeros of the input's shape; the pools are of no use."""
+        return torch.zeros_like(hidden_BE)
+
     def state_shapes(self, batch_size: int) -> dict[str, tuple[int, ...]]:
         """Return {}: there is no state."""
         return {}

@@ -37,8 +37,12 @@ class KimiDeltaAttentionMixer(DeltaRuleMixer):
             self.g_a_proj = nn.Linear(self.hidden_size, rank, bias=False)
             self.g_b_proj = nn.Linear(rank, self.head_channels, bias=False)
 
-    def _decay_inputs(self, hidden_BLE: Tensor) -> Tensor:
-        return self.f_b_proj(self.f_a_proj(hidden_BLE))
+    @property
+    def _first_projections(self) -> tuple[nn.Linear, nn.Linear | None]:
+        return self.f_a_proj, None if self.spec.gate == "none" else self.g_a_proj
 
-    def _gate_inputs(self, hidden_BLE: Tensor) -> Tensor:
-        return self.g_b_proj(self.g_a_proj(hidden_BLE))
+    def _decay_inputs(self, projected: Tensor) -> Tensor:
+        return self.f_b_proj(projected)
+
+    def _gate_inputs(self, projected: Tensor) -> Tensor:
+        return self.g_b_proj(projected)

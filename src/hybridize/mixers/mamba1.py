@@ -5,17 +5,27 @@ used in fp32 whatever the module's dtype. Biases and norms of queries and keys, 
 has them.
 
 Legend: B batch, L length, E hidden size, D channels (d_inner), N states per channel, H heads of N channels,
-G groups of heads, X = G N channels before they are repeated to D, K convolution taps.
+G groups of heads, X = G N channels before they are repeated to D, K convolution taps, R rank of the step size's
+projection, M slots of a pool.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from hybridize.mixers.base import NO_STEP, Mixer, MixerState, at_least_fp32, check_inputs, draw_step_bias
+from hybridize.mixers.base import (
+    NO_STEP,
+    Mixer,
+    MixerState,
+    at_least_fp32,
+    check_inputs,
+    check_step_inputs,
+    draw_step_bias,
+)
 from hybridize.mixers.norms import BlockRMSNorm
-from hybridize.ops.causal_conv import causal_conv, causal_conv_step
-from hybridize.ops.selective_scan import selective_scan, selective_scan_step
+from hybridize.mixers.packing import PackedLinears, project_together
+from hybridize.ops.causal_conv import causal_conv, causal_conv_step, causal_conv_step_in_place
+from hybridize.ops.selective_scan import selective_scan, selective_scan_step, selective_scan_step_in_place
 from hybridize.spec.mixers import Mamba1Spec
 
 
@@ -58,6 +68,7 @@ class Mamba1Mixer(Mixer):
             spans = (spec.state_size, spec.state_size) if spec.qk_norm == "head" else (spec.d_xb, spec.d_inner)
             self.k_norm, self.q_norm = (BlockRMSNorm(span, span, spec.norm_eps) for span in spans)
         self.out_proj = nn.Linear(spec.d_inner, hidden_size, bias=bool(spec.output_bias))
+        self._packed: PackedLinears | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -113,7 +124,7 @@ class Mamba1Mixer(Mixer):
         check_inputs(self, self.in_proj.in_features, hidden_BLE, starts_BL, valid_BL, state)
         if valid_BL is not None:
             hidden_BLE = hidden_BLE.masked_fill(~valid_BL.unsqueeze(-1), 0.0)
-        z_BLD, x_BLX, B_BLX, C_BLD = self._project(hidden_BLE)
+        z_BLD, x_BLX, B_BLX, C_BLD = self._divide(self.in_proj(hidden_BLE))
         dt_BLD = linear(self.dt_in_proj(hidden_BLE), self.dt_proj.weight)
         if valid_BL is not None:
             dt_BLD = dt_BLD.masked_fill(~valid_BL.unsqueeze(-1), NO_STEP)
@@ -121,12 +132,9 @@ class Mamba1Mixer(Mixer):
                 x_BLX = x_BLX.masked_fill(~valid_BL.unsqueeze(-1), 0.0)
         B_BLGN = B_BLX.unflatten(-1, (self.num_groups, self.num_states))
         C_BLHN = C_BLD.unflatten(-1, (self.num_heads, self.num_states))
-        bias_scale = 2.0 if self.spec.dt_bias_mode == "double" else 1.0
         A_DN = -torch.exp(at_least_fp32(self.A_log))
-        D_D, dt_bias_D = at_least_fp32(self.D), at_least_fp32(self.dt_proj.bias) * bias_scale
-
-        taps_DK = self.conv1d.weight.squeeze(1)
-        repeat = (self.num_states, self.num_heads // self.num_groups)  # each group's x goes to all of its heads
+        D_D, dt_bias_D = at_least_fp32(self.D), self._step_bias()
+        taps_DK, repeat = self.conv1d.weight.squeeze(1), self._repeat
 
         if state is not None and hidden_BLE.shape[1] == 1:
             if starts_BL is not None:
@@ -175,9 +183,63 @@ class Mamba1Mixer(Mixer):
             return out_BLE, None
         return out_BLE, MixerState(window, ssm)
 
-    def _project(self, hidden_BLE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    @torch.no_grad()
+    def step_in_place(
+        self,
+        hidden_BE: Tensor,
+        conv_MDW: Tensor,
+        ssm_M: Tensor,
+        slot_B: Tensor | None = None,
+        null_slot: int | None = None,
+    ) -> Tensor:
+        """Mix one token of each of many sequences, whose states lie in pools; see `Mixer.step_in_place`."""
+        check_step_inputs(self.in_proj.in_features, hidden_BE)
+        _, (inner_BW, dt_BR) = project_together(self._packed, self._input_projections, hidden_BE)
+        z_BD, x_BX, B_BX, C_BD = self._divide(inner_BW)
+        x_BD = causal_conv_step_in_place(
+            conv_MDW,
+            slot_B,
+            x_BX,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            repeat=self._repeat,
+            null_slot=null_slot,
+        )
+        y_BD = selective_scan_step_in_place(
+            ssm_M,
+            slot_B,
+            x_BD,
+            linear(dt_BR, self.dt_proj.weight),
+            self.A_log,
+            B_BX.unflatten(-1, (self.num_groups, self.num_states)),
+            C_BD.unflatten(-1, (self.num_heads, self.num_states)),
+            D_D=self.D,
+            dt_bias_D=self._step_bias(),
+            z_BD=z_BD,
+            null_slot=null_slot,
+        )
+        return self.out_proj(y_BD)
+
+    @property
+    def _repeat(self) -> tuple[int, int]:
+        """Each group's x goes to all of its heads."""
+        return self.num_states, self.num_heads // self.num_groups
+
+    def _step_bias(self) -> Tensor:
+        bias_D = at_least_fp32(self.dt_proj.bias)
+        return bias_D * 2.0 if self.spec.dt_bias_mode == "double" else bias_D
+
+    def pack_projections(self) -> None:
+        """Let `step_in_place` make the projections of its input in one product; see `Mixer.pack_projections`."""
+        self._packed = PackedLinears(self._input_projections)
+
+    @property
+    def _input_projections(self) -> list[nn.Linear]:
+        return [self.in_proj, self.dt_in_proj]
+
+    def _divide(self, projected_BLW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The gate z [B, L, D], x and B [B, L, X], C [B, L, D]; with their biases and norms, if any."""
-        z_BLD, inner_BLW = self.in_proj(hidden_BLE).split([self.d_inner, 2 * self.d_xb + self.d_inner], dim=-1)
+        z_BLD, inner_BLW = projected_BLW.split([self.d_inner, 2 * self.d_xb + self.d_inner], dim=-1)
         if self.gate_bias is not None:
             z_BLD = z_BLD + self.gate_bias.to(z_BLD.dtype)
         if self.qkv_bias is not None:

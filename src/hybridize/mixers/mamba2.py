@@ -10,19 +10,27 @@ heads. The norm is one of each head, where Mamba-2 has one of all or of a group,
 and norms of queries and keys are there where the replaced attention has them.
 
 Legend: B batch, L length, E hidden size, H heads, G groups of heads, P channels of a head, N states per channel,
-X = G P + G N + H N channels of the convolution over x | B | C, K its taps.
+X = G P + G N + H N channels of the convolution over x | B | C, K its taps; M slots of a pool.
 """
 
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
-from hybridize.mixers.base import NO_STEP, Mixer, MixerState, at_least_fp32, check_inputs, draw_step_bias
+from hybridize.mixers.base import (
+    NO_STEP,
+    Mixer,
+    MixerState,
+    at_least_fp32,
+    check_inputs,
+    check_step_inputs,
+    draw_step_bias,
+)
 from hybridize.mixers.norms import BlockRMSNorm
-from hybridize.ops.causal_conv import causal_conv, causal_conv_step
-from hybridize.ops.ssd import ssd, ssd_step
+from hybridize.ops.causal_conv import causal_conv, causal_conv_step, causal_conv_step_in_place
+from hybridize.ops.gated_norm import gated_norm
+from hybridize.ops.ssd import ssd, ssd_step, ssd_step_in_place
 from hybridize.spec.mixers import Mamba2Spec
 
 
@@ -130,8 +138,7 @@ class Mamba2Mixer(Mixer):
         """
         check_inputs(self, self.in_proj.in_features, hidden_BLE, starts_BL, valid_BL, state)
         z_BLD, inner_BLX, dt_BLH = self._project(hidden_BLE, valid_BL)
-        taps_XK = self.conv1d.weight.squeeze(1)
-        activation: Literal["silu"] | None = "silu" if self.spec.conv_activation == "silu" else None
+        taps_XK, activation = self.conv1d.weight.squeeze(1), self._conv_activation
         A_H = -torch.exp(at_least_fp32(self.A_log))
         options = {"D_H": at_least_fp32(self.D), "dt_bias_H": at_least_fp32(self.dt_bias)}
 
@@ -174,6 +181,41 @@ class Mamba2Mixer(Mixer):
             return out_BLE, None
         return out_BLE, MixerState(window, ssm)
 
+    @torch.no_grad()
+    def step_in_place(
+        self,
+        hidden_BE: Tensor,
+        conv_MDW: Tensor,
+        ssm_M: Tensor,
+        slot_B: Tensor | None = None,
+        null_slot: int | None = None,
+    ) -> Tensor:
+        """Mix one token of each of many sequences, whose states lie in pools; see `Mixer.step_in_place`."""
+        check_step_inputs(self.in_proj.in_features, hidden_BE)
+        z_BD, inner_BX, dt_BH = self._project(hidden_BE, None)
+        taps_XK = self.conv1d.weight.squeeze(1)
+        inner_BX = causal_conv_step_in_place(
+            conv_MDW, slot_B, inner_BX, taps_XK, self.conv1d.bias, self._conv_activation, null_slot=null_slot
+        )
+        x_BGP, B_BGN, C_BHN = self._split(inner_BX)
+        y_BHP = ssd_step_in_place(
+            ssm_M,
+            slot_B,
+            x_BGP,
+            dt_BH,
+            self.A_log,
+            B_BGN,
+            C_BHN,
+            D_H=self.D,
+            dt_bias_H=self.dt_bias,
+            null_slot=null_slot,
+        )
+        return self._read_out(y_BHP, z_BD)
+
+    @property
+    def _conv_activation(self) -> Literal["silu"] | None:
+        return "silu" if self.spec.conv_activation == "silu" else None
+
     def _project(self, hidden_BLE: Tensor, valid_BL: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The gate, the convolution's input and the step sizes before their bias; padding gives zero and no step."""
         padding = None if valid_BL is None else ~valid_BL.unsqueeze(-1)
@@ -199,13 +241,16 @@ class Mamba2Mixer(Mixer):
 
     def _read_out(self, y_BLHP: Tensor, z_BLD: Tensor) -> Tensor:
         """Gate, normalise, project: [B, L, E]."""
-        gate_BLD = at_least_fp32(z_BLD)
-        if self.gate_bias is not None:
-            gate_BLD = gate_BLD + self.gate_bias.to(gate_BLD.dtype)
-        gated_BLD = y_BLHP.flatten(2) * silu(gate_BLD)
-        if self.norm is not None:
-            gated_BLD = self.norm(gated_BLD)
-        return self.out_proj(gated_BLD.to(y_BLHP.dtype))
+        gated_BLD = gated_norm(
+            y_BLHP.flatten(-2),
+            z_BLD,
+            gate_bias_D=self.gate_bias,
+            norm_weight=None if self.norm is None else self.norm.weight,
+            width=self.head_dim,
+            eps=0.0 if self.norm is None else self.norm.eps,
+            gate_first=True,
+        )
+        return self.out_proj(gated_BLD)
 
 
 def _forget(state: MixerState, starts_B: Tensor) -> MixerState:

@@ -6,6 +6,8 @@ Legend: D channels, W channels of a block.
 import torch
 from torch import Tensor, nn
 
+from hybridize.ops.gated_norm import gated_norm
+
 
 class BlockRMSNorm(nn.Module):
     """Divides each block of channels by the root of its mean square (arXiv 1910.07467), in fp32 at least.
@@ -29,7 +31,4 @@ class BlockRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, [..., D]; the result has its dtype."""
-        exact = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, self.width))
-        scale = torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + self.eps)
-        weight = self.weight.to(exact.dtype).unflatten(0, (-1, self.width))
-        return (exact * scale * weight).flatten(-2).to(x.dtype)
+        return gated_norm(x, None, norm_weight=self.weight, width=self.width, eps=self.eps)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hybridize.models.apriel import export_apriel, import_apriel
     from hybridize.models.checkpoint import check_output, load_model, load_teacher, save_hybrid
     from hybridize.models.configs import hybrid_config_class
+    from hybridize.models.exports import export_native
     from hybridize.models.hybrid import attention_module, hybrid_model_class
     from hybridize.models.surgery import convert_model, layout_of, resolve_layout, swap_layer
 
@@ -39,6 +40,7 @@ _HOMES = {
     "load_teacher": "checkpoint",
     "save_hybrid": "checkpoint",
     "hybrid_config_class": "configs",
+    "export_native": "exports",
     "attention_module": "hybrid",
     "hybrid_model_class": "hybrid",
     "convert_model": "surgery",
@@ -60,6 +62,7 @@ __all__ = [
     "check_output",
     "convert_model",
     "export_apriel",
+    "export_native",
     "find_family",
     "geometry_of",
     "hybrid_config_class",

@@ -80,9 +80,13 @@ class MixerLayer(nn.Module):
         if past_key_values is None:
             out_BLE, _ = self.mixer(hidden_states, starts_BL=mixer_starts, valid_BL=mixer_valid)
             return out_BLE, None
-        out_BLE, state = self.mixer(
-            hidden_states, valid_BL=mixer_valid, state=self._read(past_key_values), return_state=True
-        )
+        state = self._read(past_key_values)
+        must_keep = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if state is not None and hidden_states.shape[1] == 1 and mixer_valid is None and not must_keep:
+            out_BE = self.mixer.step_in_place(hidden_states[:, 0], state.conv, state.ssm)
+            self._write(past_key_values, None, hidden_states)
+            return out_BE.unsqueeze(1), None
+        out_BLE, state = self.mixer(hidden_states, valid_BL=mixer_valid, state=state, return_state=True)
         self._write(past_key_values, state, hidden_states)
         return out_BLE, None
 

@@ -1,7 +1,8 @@
-"""Launching kernels where the tensors are: Triton itself launches on the current GPU, whatever it is."""
+"""Launching kernels where the tensors are, and as they need them: Triton itself launches on the current GPU."""
 
 import functools
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
@@ -22,3 +25,18 @@ def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **options)
 
     return launch
+
+
+def takes_kernel(tensor: Tensor) -> bool:
+    """Whether a tensor is one for our kernels: on a GPU, with Triton installed, and not in fp64."""
+    return _HAS_TRITON and tensor.is_cuda and tensor.dtype != torch.float64
+
+
+def contiguous_rows(tensor: Tensor) -> Tensor:
+    """Make all axes but the first contiguous."""
+    return tensor if tensor[:1].is_contiguous() else tensor.contiguous()
+
+
+def is_learning(*tensors: Tensor | None) -> bool:
+    """Whether a gradient is wanted of what is computed from these tensors; our kernels for steps have none."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

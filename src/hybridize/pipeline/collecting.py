@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
-from hybridize.importance import METHODS, load_ranking
+from hybridize.importance import METHODS, load_ranking, load_search
 from hybridize.pipeline.artifacts import Artifact, library_versions
-from hybridize.pipeline.stages import METRICS_FILE, RANKING_FILE
+from hybridize.pipeline.searches import measured_losses, show_search
+from hybridize.pipeline.stages import METRICS_FILE, RANKING_FILE, SEARCH_FILE
 from hybridize.pipeline.stages.training import loss_of
 from hybridize.report import (
     CacheMemory,
@@ -21,6 +22,7 @@ from hybridize.report import (
     Ranking,
     ReportData,
     Score,
+    Search,
     StageCost,
     TextScore,
     Throughput,
@@ -41,6 +43,7 @@ from hybridize.spec.stages import (
     MergeStage,
     OnPolicyStage,
     RankStage,
+    SearchStage,
     SftStage,
     StageSpec,
     TextStage,
@@ -119,6 +122,7 @@ class _Study:
             texts=tuple(self._texts()),
             traces=tuple(self._traces()),
             merges=tuple(self._merges()),
+            searches=tuple(self._searches()),
             result=result,
             stale=self.stale,
         )
@@ -243,7 +247,7 @@ class _Study:
                 steps_correct=metrics["overall"]["steps_correct"],
                 is_control=stage.control,
                 model=stage.model,
-                suite=f"level {stage.level}, {how}, {stage.problems_per_task} problems of each task",
+                suite=f"{stage.difficulty}, {how}, {stage.problems_per_task} problems of each task",
                 pass_at={int(k): value["accuracy"] for k, value in metrics.get("pass_at", {}).items()},
             )
 
@@ -346,6 +350,12 @@ class _Study:
                 stage.base or "",
                 stage.density if stage.method == "ties" else None,
             )
+
+    def _searches(self) -> Iterator[Search]:
+        for stage in self._done(SearchStage):
+            distilled = [s.name for s in self._done(DistillStage) if self._converted(s.name)[-1].search == stage.name]
+            result = load_search(self.artifacts[stage.name].folder / SEARCH_FILE)
+            yield show_search(stage.name, result, measured_losses(distilled, self.artifacts))
 
     def _costs(self) -> Iterator[StageCost]:
         for name, artifact in self.artifacts.items():

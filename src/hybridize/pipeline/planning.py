@@ -21,6 +21,7 @@ from hybridize.spec.stages import (
     OnPolicyStage,
     RankStage,
     ReportStage,
+    SearchStage,
     StageSpec,
     TextStage,
     ThroughputStage,
@@ -75,13 +76,25 @@ def plan_recipe(recipe: RecipeSpec, shape: TeacherShape) -> list[StageCost]:
     for stage in expand(recipe, shape.num_layers).stages:
         if isinstance(stage, ConvertStage):
             before = () if stage.layout is not None else models[stage.model].mixers
-            models[stage.name] = _Model(before + stage.made)
+            models[stage.name] = _Model(before + (_searched(stage, recipe, shape) or stage.made))
         elif isinstance(stage, MergeStage):
             models[stage.name] = models[stage.sources[0]]
         elif isinstance(stage, TrainStage):
             models[stage.name] = models[stage.model]
         costs.append(_cost(stage, shape, models))
     return costs
+
+
+def _searched(stage: ConvertStage, recipe: RecipeSpec, shape: TeacherShape) -> tuple[MixerSpec, ...]:
+    """What a search may find: as many layers as it is asked for, else all, of the largest mixer that it may take."""
+    found = next(
+        (other for other in recipe.stages if isinstance(other, SearchStage) and other.name == stage.search), None
+    )
+    if found is None:
+        return ()
+    mixers = [other.mixer for other in recipe.stages if isinstance(other, RankStage) and other.name in found.rankings]
+    largest = max(mixers, key=lambda mixer: mixer_parameters(mixer, shape))
+    return (largest,) * (found.num_layers or shape.num_layers)
 
 
 def _cost(stage: StageSpec, shape: TeacherShape, models: Mapping[str, _Model]) -> StageCost:
@@ -92,8 +105,11 @@ def _cost(stage: StageSpec, shape: TeacherShape, models: Mapping[str, _Model]) -
             return _rank_cost(stage, shape, len(models[stage.model].mixers))
         case ConvertStage():
             made = len(models[stage.name].mixers)
-            text = f"{made} of {shape.num_layers} layers to {stage.made_of}, init {stage.init}"
+            most = "up to " if stage.search else ""
+            text = f"{most}{made} of {shape.num_layers} layers to {stage.made_of}, init {stage.init}"
             return StageCost(stage.name, text, memory=2 * frozen)
+        case SearchStage():
+            return StageCost(stage.name, f"a mixer for each layer by {', '.join(stage.rankings)}; no training")
         case TrainStage():
             return _training_cost(stage, shape, models[stage.model])
         case MergeStage():

@@ -17,6 +17,17 @@ Advance = Callable[..., None]
 """Called with (done, total) and optionally a note to show behind the bar."""
 
 
+COLUMNS = (
+    TextColumn("  {task.description}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[note]}"),
+)
+"""Of a progress bar; a task has a field `note`."""
+
+
 class Reporter:
     """Says what is going on.
 
@@ -38,15 +49,7 @@ class Reporter:
         if not self.console.is_terminal:
             yield self._lines(title)
             return
-        columns = (
-            TextColumn("  {task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with Progress(*COLUMNS, console=self.console, transient=True) as progress:
             task = progress.add_task(title, total=None, note="")
 
             def advance(done: int, total: int, note: str = "") -> None:

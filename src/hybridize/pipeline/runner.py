@@ -1,7 +1,7 @@
 """Run a recipe: stage by stage, skipping what stands, going on where a killed run stopped."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from hybridize.spec.stages import (
     MergeStage,
     RankStage,
     ReportStage,
+    SearchStage,
     StageSpec,
     TextStage,
     ThroughputStage,
@@ -53,10 +54,15 @@ RECIPE_FILE = "recipe.json"
 LOCK_FILE = ".lock"
 
 
-def run_recipe(recipe: RecipeSpec, reporter: Reporter | None = None) -> dict[str, Artifact]:
+def run_recipe(recipe: RecipeSpec, reporter: Reporter | None = None, jobs: int = 1) -> dict[str, Artifact]:
     """Run all stages of a recipe into its output folder.
 
     A stage whose result stands, made from the same spec, data, teacher and inputs, is skipped.
+
+    Args:
+        recipe: the job.
+        reporter: where progress goes.
+        jobs: stages done at a time; above 1 each in a process of its own, as soon as what it reads is finished.
 
     Returns:
         The finished stages by name, in the order of `expand(recipe, ...)`.
@@ -64,7 +70,10 @@ def run_recipe(recipe: RecipeSpec, reporter: Reporter | None = None) -> dict[str
     Raises:
         ValueError: the recipe does not fit the teacher, an input is malformed, an artifact was damaged, or another
             process is running a recipe into that folder.
+        StoppedError: the disk is full, a loss is no number, or several stages failed.
     """
+    if jobs < 1:
+        raise ValueError(f"jobs: {jobs} is out of range; use 1 or more")
     reporter = reporter or Reporter()
     written, num_layers = recipe, check_against_teacher(recipe)
     recipe = expand(written, num_layers)
@@ -79,6 +88,8 @@ def run_recipe(recipe: RecipeSpec, reporter: Reporter | None = None) -> dict[str
             write_whole(output / RECIPE_FILE, json.dumps(facts, indent=1))
         job = Job(recipe.teacher, recipe.data, reporter)
         teacher_print = fingerprint_model(recipe.teacher)
+        if jobs > 1:
+            return _run_side_by_side(recipe, written, num_layers, job, teacher_print, jobs)
         for number, stage in enumerate(recipe.stages, 1):
             reporter.say(f"[bold]{number}/{len(recipe.stages)} {stage.name}[/bold]  {describe(stage)}")
             if isinstance(stage, ReportStage):
@@ -92,12 +103,44 @@ def run_recipe(recipe: RecipeSpec, reporter: Reporter | None = None) -> dict[str
         return job.artifacts
 
 
-def run_stage(stage: StageSpec, job: Job, folder: Path, teacher_print: str, *, replace: bool = False) -> Artifact:
-    """Run one stage, unless its result stands."""
-    kind = getattr(stage, "kind")  # noqa: B009 - every concrete stage has one, the base has not
+def _run_side_by_side(
+    recipe: RecipeSpec, written: RecipeSpec, num_layers: int, job: Job, teacher_print: str, jobs: int
+) -> dict[str, Artifact]:
+    from hybridize.pipeline.parallel import run_side_by_side, threads_of_each
+    from hybridize.pipeline.reporting import make_report
+    from hybridize.pipeline.worker import Run
+
+    output = recipe.output_folder
+    draws_bars = job.reporter.console.is_terminal
+
+    def standing(stage: StageSpec, artifacts: Mapping[str, Artifact]) -> Artifact | None:
+        known = Job(job.teacher, job.data, job.reporter, dict(artifacts))
+        return read_artifact(output / stage.name, identify(stage, known, teacher_print)[0])
+
+    return run_side_by_side(
+        recipe.stages,
+        Run(job.teacher, teacher_print, job.data, output, threads_of_each(jobs), draws_bars),
+        jobs,
+        job.reporter,
+        standing=standing,
+        report=lambda stage, artifacts: make_report(stage, written, num_layers, artifacts, output),
+        describe=describe,
+        outcome=outcome,
+    )
+
+
+def identify(stage: StageSpec, job: Job, teacher_print: str) -> tuple[str, dict[str, str]]:
+    """The key of what a stage would make, and digests of what it would be made from, by name."""
     inputs = {"teacher": teacher_print} | {name: job.artifacts[name].digest for name in stage.inputs}
     inputs |= {name: fingerprint() for name, fingerprint in outside_inputs(stage, job.data).items()}
-    key = digest_of({"kind": kind, "spec": spec_for_key(stage), "inputs": inputs})
+    kind = getattr(stage, "kind")  # noqa: B009 - every concrete stage has one, the base has not
+    return digest_of({"kind": kind, "spec": spec_for_key(stage), "inputs": inputs}), inputs
+
+
+def run_stage(stage: StageSpec, job: Job, folder: Path, teacher_print: str, *, replace: bool = False) -> Artifact:
+    """Run one stage, unless its result stands."""
+    kind = getattr(stage, "kind")  # noqa: B009 - as above
+    key, inputs = identify(stage, job, teacher_print)
     quiet_libraries()
     standing = read_artifact(folder, key)
     if standing is not None:
@@ -204,9 +247,10 @@ def check_against_teacher(recipe: RecipeSpec) -> int:
                 f"recipe.stages[{position}].layout: it has {len(layout.layers)} layers, but the teacher has "
                 f"{num_layers}; give one letter or mixer a layer"
             )
-        if isinstance(stage, ConvertStage) and stage.num_layers is not None and stage.num_layers > num_layers:
+        asked = stage.num_layers if isinstance(stage, ConvertStage | SearchStage) else None
+        if asked is not None and asked > num_layers:
             raise ValueError(
-                f"recipe.stages[{position}].num_layers: {stage.num_layers} is out of range; the teacher has "
+                f"recipe.stages[{position}].num_layers: {asked} is out of range; the teacher has "
                 f"{num_layers} layers, use 1..{num_layers}"
             )
     return num_layers
@@ -218,6 +262,8 @@ def describe(stage: StageSpec) -> str:
         case ConvertStage():
             if stage.layout is not None:
                 where = f"{len(stage.made)} layers"
+            elif stage.search is not None:
+                where = "layers"
             elif stage.layers is not None:
                 where = f"layers {list(stage.layers)}"
             else:
@@ -227,6 +273,8 @@ def describe(stage: StageSpec) -> str:
             return f"judge {stage.model} on {stage.problems_per_task} problems of {len(stage.tasks)} tasks"
         case RankStage():
             return f"rank the layers of {stage.model} by {stage.method}"
+        case SearchStage():
+            return f"choose a mixer for each layer by {', '.join(stage.rankings)}"
         case HarnessStage():
             return f"judge {stage.model} on {', '.join(stage.tasks)}"
         case MergeStage():
@@ -245,6 +293,8 @@ def outcome(stage: StageSpec, artifact: Artifact) -> str:
             if not metrics["order"]:
                 return f"evenly spaced {seconds}"
             return f"least important first: {metrics['order']} {seconds}"
+        case SearchStage():
+            return f"{metrics['layout']}, {metrics['speedup']:.2f} times as cheap. {metrics['verdict']} {seconds}"
         case ConvertStage():
             return f"replaced {metrics['layers']} {seconds}"
         case TracesStage():

@@ -1,4 +1,4 @@
-"""How many parameters a teacher and its mixers have, from configs alone; imports no torch."""
+"""How many parameters a teacher and its mixers have, and how large states are, from configs; imports no torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,6 +96,34 @@ def mixer_parameters(spec: MixerSpec, shape: TeacherShape) -> int:
         case DeltaRuleSpec():
             return _delta_rule(spec, geometry.hidden_size)
     raise AssertionError(f"no count for {type(spec).__name__}")
+
+
+def state_numbers(spec: MixerSpec, geometry: AttentionGeometry) -> tuple[int, int]:
+    """Numbers in a mixer's state per sequence: of the recurrence, and of the convolution's last inputs.
+
+    Between steps a convolution of k taps needs k - 1 inputs. Attention has no such state, nor has `identity`.
+    """
+    spec = spec.resolve(geometry)
+    match spec:
+        case Mamba1Spec():
+            assert spec.d_inner
+            recurrence, channels = spec.d_inner * spec.state_size, spec.d_inner
+        case Mamba2Spec():
+            assert spec.num_heads
+            assert spec.num_groups
+            assert spec.head_dim
+            assert spec.state_size
+            recurrence = spec.num_heads * spec.head_dim * spec.state_size
+            channels = spec.num_groups * (spec.head_dim + spec.state_size) + spec.num_heads * spec.state_size
+        case DeltaRuleSpec():
+            assert spec.num_heads
+            assert spec.num_groups
+            assert spec.head_dim
+            recurrence = spec.num_heads * spec.head_dim**2
+            channels = (spec.num_heads + 2 * spec.num_groups) * spec.head_dim
+        case _:
+            return 0, 0
+    return recurrence, channels * (spec.conv_kernel - 1)
 
 
 def _mamba1(spec: Mamba1Spec, hidden: int) -> int:

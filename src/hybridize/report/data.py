@@ -10,6 +10,7 @@ from hybridize.report.measures import (
     LossCurve,
     Merge,
     Ranking,
+    Search,
     StageCost,
     TextScore,
     Throughput,
@@ -85,6 +86,7 @@ class ReportData:
         texts: perplexities.
         traces: training data that the run made.
         merges: models that were made by merging.
+        searches: choices of a mixer for each layer, with what they predict.
         result: name of the model that the first sentence is about; by default the last one judged that is neither
             the teacher, a control nor untrained.
         stale: stages whose results were made from what has changed since, and what that is, in words.
@@ -107,6 +109,7 @@ class ReportData:
     texts: tuple[TextScore, ...] = ()
     traces: tuple[Traces, ...] = ()
     merges: tuple[Merge, ...] = ()
+    searches: tuple[Search, ...] = ()
     result: str = ""
     stale: Mapping[str, str] = field(default_factory=dict)
 

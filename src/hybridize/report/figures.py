@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hybridize.report import plots
 from hybridize.report.data import ReportData
-from hybridize.report.measures import Ranking
+from hybridize.report.measures import Ranking, Search
 from hybridize.report.numbers import listing, number, percent, short_bytes, times, token_count
 from hybridize.report.plots.importance import log_floor, panel_title
 from hybridize.report.plots.slope import extremes
@@ -23,6 +23,7 @@ PLOT_NAMES = (
     "layers",
     "loss",
     "memory",
+    "search",
 )
 """File names without suffix; the accuracy and the tasks of a second suite are `accuracy-2` and `tasks-2`."""
 
@@ -105,6 +106,14 @@ def draw_plots(data: ReportData) -> dict[str, Plot]:
             "whiskers from the slowest to the fastest.",
         )
     _add_rankings(data, add)
+    for name, search in zip(search_plots(data).values(), data.searches, strict=True):
+        add(
+            name,
+            lambda narrow, search=search: plots.search_chart(search, narrow=narrow),
+            _search_alt(search),
+            f"{search.verdict} Losses are predicted: the sum, over the layers, of what {search.method} says of each "
+            f"alone. Cost: {search.cost_unit}. The ring is the layout chosen.",
+        )
     curves = [curve for curve in data.losses if curve.steps]
     if curves:
         parts = [f"{c.label} from {number(c.losses[0])} to {number(c.losses[-1])} {c.unit}" for c in curves]
@@ -125,6 +134,19 @@ def draw_plots(data: ReportData) -> dict[str, Plot]:
             "from line to line.",
         )
     return drawn
+
+
+def search_plots(data: ReportData) -> dict[str, str]:
+    """The plot of each search, by the search's name: `search`, `search-2`, and so on."""
+    return {search.name: f"search-{i + 1}" if i else "search" for i, search in enumerate(data.searches)}
+
+
+def _search_alt(search: Search) -> str:
+    parts = []
+    for curve in search.curves:
+        last = curve.points[-1]
+        parts.append(f"{curve.label} up to {last.speedup:.2f} times as cheap at {number(last.loss)} {search.unit}")
+    return f"Line chart of predicted loss against cost. {'; '.join(parts)}. Chosen: {search.layout}."
 
 
 def _add_rankings(data: ReportData, add: Callable[[str, Callable[..., bytes], str, str], None]) -> None:

@@ -313,3 +313,74 @@ class StageCost:
     tokens: int | None = None
     trained_parameters: int | None = None
     status: str = "done"
+
+
+@dataclass(frozen=True)
+class SearchPoint:
+    """A layout with what is predicted of it.
+
+    Attributes:
+        layout: one letter a layer.
+        num_replaced: layers that are not attention.
+        loss: predicted, in the search's unit.
+        cost: predicted.
+        speedup: the teacher's cost over this one's.
+        groups: of layers, in vLLM's cache.
+    """
+
+    layout: str
+    num_replaced: int
+    loss: float
+    cost: float
+    speedup: float
+    groups: int
+
+
+@dataclass(frozen=True)
+class SearchCurve:
+    """Layouts of one rule, by ascending speedup; `is_control`: the rule looks at no score."""
+
+    label: str
+    points: tuple[SearchPoint, ...]
+    is_control: bool = False
+
+
+@dataclass(frozen=True)
+class MeasuredLoss:
+    """The loss of a model, in the first and the last step of the distillation `model`, after so many tokens."""
+
+    model: str
+    first: float
+    last: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """A choice of a mixer for each layer, with predictions.
+
+    Attributes:
+        name: of the stage.
+        layout: the chosen one, one letter a layer.
+        meanings: mixer types by letter.
+        chosen: the chosen layout's predictions.
+        curves: the frontier first, then single mixers in the best layers and, as controls, in evenly spaced ones.
+        verdict: whether mixtures are predicted to beat single mixers, in words.
+        is_exact: whether all numbers of layers of each kind were looked at.
+        method: of the rankings that the losses come from.
+        unit: of the losses.
+        cost_unit: of the costs.
+        measured: losses of models with the chosen layout.
+    """
+
+    name: str
+    layout: str
+    meanings: Mapping[str, str]
+    chosen: SearchPoint
+    curves: tuple[SearchCurve, ...]
+    verdict: str
+    is_exact: bool
+    method: str
+    unit: str
+    cost_unit: str
+    measured: tuple[MeasuredLoss, ...] = ()

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from hybridize.files import write_whole
 from hybridize.report import numbers, summary
 from hybridize.report.data import Model, ReportData, break_even_tokens
-from hybridize.report.figures import PLOT_NAMES, Plot, draw_plots
+from hybridize.report.figures import PLOT_NAMES, Plot, draw_plots, search_plots
 from hybridize.report.measures import LossCurve
 from hybridize.report.study import (
     Measure,
@@ -115,6 +115,7 @@ def _context(data: ReportData, drawn: Mapping[str, Plot]) -> dict[str, Any]:
         "settings": settings(data),
         "ranking_groups": ranking_groups(data.rankings),
         "ranking_has_control": any(entry.is_control for entry in data.rankings),
+        "search_plots": search_plots(data),
         "sloped": [entry for entry in data.rankings if entry.slopes],
         "curve_groups": list(grouped(curves, lambda curve: (curve.kind, curve.unit)).items()),
         "curve_points": [(curve, _points(curve)) for curve in curves],

@@ -49,6 +49,7 @@ class ServedMixer(nn.Module, MambaBase):
         part = part_of_spec(spec, self.num_ranks, f"layer {layer}")
         layer_in_training = MixerLayer(part, vllm_config.model_config.hf_config.hidden_size, layer)
         self.mixer = layer_in_training.cast(vllm_config.model_config.dtype).mixer.requires_grad_(False)
+        self.mixer.pack_projections()
         self.page = StatePage.of(self.mixer.state_shapes(1), *state_dtypes(vllm_config))
         self.kv_cache: Any = (torch.tensor([]),)
         layers = vllm_config.compilation_config.static_forward_context
@@ -85,14 +86,10 @@ class ServedMixer(nn.Module, MambaBase):
         num_decodes = metadata.num_decode_tokens
         num_tokens = num_decodes + metadata.num_prefill_tokens
         if num_decodes:
-            page_S = metadata.state_indices_tensor_d[:num_decodes, 0].long()
-            out_S1E, state = self.mixer(
-                hidden_TE[:num_decodes].unsqueeze(1), state=_read(conv_PXk, ssm_P, page_S), return_state=True
+            page_S = metadata.state_indices_tensor_d[:num_decodes, 0].contiguous()
+            output_TE[:num_decodes] = self.mixer.step_in_place(
+                hidden_TE[:num_decodes], conv_PXk, ssm_P, page_S, null_slot=_NO_PAGE
             )
-            _write(conv_PXk, ssm_P, page_S, state)
-            # Rows that stand for no request share the null page; whatever is in it must not spread.
-            is_request_S1 = (page_S != _NO_PAGE).unsqueeze(1)
-            output_TE[:num_decodes] = torch.where(is_request_S1, out_S1E.squeeze(1), 0.0)
         for group in metadata.groups:
             page_S = metadata.state_indices_tensor_p[group.sequences].long()
             out_SLE, state = self.mixer(

@@ -52,7 +52,8 @@ class WorldDataSpec(Spec):
 class FileDataSpec(Spec):
     """Chats in a file, JSON lines or Parquet: rows of `messages`, or of `prompt` and `completion`.
 
-    Prompts to be answered need no completion; `answer`, where there is one, is what a verifier compares with.
+    Prompts to be answered need no completion; `answer`, where there is one, is what a verifier compares with. A file
+    whose name ends in `.txt` or `.md` is plain text: no chat, and every token is to be predicted.
 
     Attributes:
         path: of the file; relative to the recipe.

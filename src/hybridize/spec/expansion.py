@@ -47,7 +47,8 @@ def expand(recipe: RecipeSpec, num_layers: int) -> RecipeSpec:
             stages.append(stage)
     if len(stages) == len(recipe.stages):
         return recipe
-    return RecipeSpec.model_validate(recipe.model_dump() | {"stages": [stage.model_dump() for stage in stages]})
+    written_fields = {name: getattr(recipe, name) for name in type(recipe).model_fields}
+    return RecipeSpec.model_validate(written_fields | {"stages": tuple(stages)})
 
 
 def _spell_out(schedule: ScheduleStage, num_layers: int, place: str) -> list[StageSpec]:
@@ -88,14 +89,13 @@ def _spell_out(schedule: ScheduleStage, num_layers: int, place: str) -> list[Sta
         distill = settings.model_copy(update={"name": distilled_name(schedule, count), "model": stages[-1].name})
         stages.append(distill)
         label = f"{count} of {num_layers}"
-        judging: tuple[tuple[str, EvaluateStage | ThroughputStage | None], ...] = (
-            ("judge", schedule.evaluate),
-            ("speed", schedule.throughput),
-        )
-        for suffix, judge in judging:
-            if judge is not None:
-                update = {"name": f"{name}-{suffix}", "model": distill.name, "label": judge.label or label}
-                stages.append(judge.model_copy(update=update))
+        judging: dict[str, EvaluateStage | ThroughputStage] = {
+            f"judge-{i + 1}" if i else "judge": evaluate for i, evaluate in enumerate(schedule.evaluate)
+        }
+        judging |= {"speed": schedule.throughput} if schedule.throughput else {}
+        for suffix, judge in judging.items():
+            update = {"name": f"{name}-{suffix}", "model": distill.name, "label": judge.label or label}
+            stages.append(judge.model_copy(update=update))
         model, done, first = distill.name, count, False
     return stages
 

@@ -22,6 +22,7 @@ from hybridize.spec.stages import (
     MergeStage,
     RankStage,
     ScheduleStage,
+    SearchStage,
     SftStage,
     StageSpec,
     StopSpec,
@@ -84,6 +85,11 @@ def _check_stage(stage: StageSpec, place: str, kinds: Mapping[str, str]) -> None
     """Raise a `ValueError` if a stage refers to what is not there before it."""
     if isinstance(stage, ConvertStage) and stage.ranking:
         _refer(f"{place}.ranking", stage.ranking, [n for n, k in kinds.items() if k == "rank"])
+    if isinstance(stage, ConvertStage) and stage.search:
+        _refer(f"{place}.search", stage.search, [n for n, k in kinds.items() if k == "search"])
+    if isinstance(stage, SearchStage):
+        for position, name in enumerate(stage.rankings):
+            _refer(f"{place}.rankings[{position}]", name, [n for n, k in kinds.items() if k == "rank"])
     if isinstance(stage, DataStage) and isinstance(stage.data, TracesDataSpec):
         _refer(f"{place}.data.stage", stage.data.stage, [n for n, k in kinds.items() if k == "traces"])
     made = [n for n, k in kinds.items() if k in MODEL_KINDS]

@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, silu
+from torch.nn.functional import pad
 
+from hybridize.ops.causal_conv.checks import check_convolution, check_window
 from hybridize.ops.causal_conv.reference import causal_conv_reference
-from hybridize.ops.causal_conv.shifted import causal_conv_shifted, with_window
+from hybridize.ops.causal_conv.shifted import causal_conv_shifted, repeat_blocks, with_window
+from hybridize.ops.causal_conv.step import causal_conv_step, causal_conv_step_in_place
 
-__all__ = ["BACKENDS", "causal_conv", "causal_conv_step"]
+__all__ = ["BACKENDS", "causal_conv", "causal_conv_step", "causal_conv_step_in_place"]
 
 _HAS_TRITON = find_spec("triton") is not None
 
@@ -76,13 +78,13 @@ def causal_conv(
     Raises:
         ValueError: a shape, a dtype or an option does not fit; names the argument, the value, the remedy.
     """
-    times = _check(x_BLX.shape, weight_DK, bias_D, activation, repeat)
+    times = check_convolution(x_BLX.shape, weight_DK, bias_D, activation, repeat)
     if x_BLX.ndim != 3:
         raise ValueError(f"x_BLX: shape {tuple(x_BLX.shape)}; pass [batch, length, channels]")
     if starts_BL is not None and (starts_BL.dtype != torch.bool or starts_BL.shape != x_BLX.shape[:2]):
         got = f"{starts_BL.dtype} of shape {tuple(starts_BL.shape)}"
         raise ValueError(f"starts_BL: {got}; pass a bool tensor of shape {list(x_BLX.shape[:2])}")
-    _check_window(window_BDK, (x_BLX.shape[0], *weight_DK.shape))
+    check_window(window_BDK, (x_BLX.shape[0], *weight_DK.shape))
     if backend is None:
         exact = x_BLX.dtype == torch.float64
         backend = "shifted" if exact else _BACKEND_OF_DEVICE.get(x_BLX.device.type, "shifted")
@@ -103,48 +105,6 @@ def causal_conv(
     return y_BLD, _last_window(x_BLX, window_BDK, starts_BL, weight_DK.shape[1], blocks)
 
 
-def causal_conv_step(
-    window_BDK: Tensor,
-    x_BX: Tensor,
-    weight_DK: Tensor,
-    bias_D: Tensor | None = None,
-    activation: Literal["silu"] | None = "silu",
-    *,
-    repeat: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Convolve one token per sequence.
-
-    Args:
-        window_BDK: the K inputs before the token, [B, D, K], oldest first; left as it is.
-        x_BX: the token's input, [B, X].
-        weight_DK: taps, [D, K].
-        bias_D: added to the sum, [D].
-        activation: "silu" or None.
-        repeat: as for `causal_conv`.
-
-    Returns:
-        y [B, D] in x's dtype, and the window with the token in it, [B, D, K] in x's dtype.
-
-    Raises:
-        ValueError: a shape or an option does not fit; names the argument, the value, the remedy.
-    """
-    times = _check(x_BX.shape, weight_DK, bias_D, activation, repeat)
-    _check_window(window_BDK, (x_BX.shape[0], *weight_DK.shape))
-    dtype = torch.promote_types(x_BX.dtype, torch.float32)
-    x_BD = x_BX if repeat is None else _repeat(x_BX, (repeat[0], times))
-    window_BDK = torch.cat([window_BDK[..., 1:].to(x_BX.dtype), x_BD.unsqueeze(-1)], dim=-1)
-    y_BD = (window_BDK * weight_DK.to(dtype)).sum(dim=-1)
-    if bias_D is not None:
-        y_BD = y_BD + bias_D.to(dtype)
-    return (silu(y_BD) if activation == "silu" else y_BD).to(x_BX.dtype), window_BDK
-
-
-def _repeat(x: Tensor, repeat: tuple[int, int]) -> Tensor:
-    """Repeat blocks of the last axis: [..., X] -> [..., D]."""
-    width, times = repeat
-    return x.unflatten(-1, (-1, width)).repeat_interleave(times, dim=-2).flatten(-2)
-
-
 def _last_window(
     x_BLX: Tensor, window_BDK: Tensor | None, starts_BL: Tensor | None, num_taps: int, repeat: tuple[int, int]
 ) -> Tensor:
@@ -154,30 +114,4 @@ def _last_window(
         starts_BK = pad(starts_BL[:, -num_taps:], (num_taps, 0))[:, -num_taps:].long()
         later_BK = starts_BK.flip(1).cumsum(dim=1).flip(1) - starts_BK
         last_BKX = last_BKX.masked_fill((later_BK > 0).unsqueeze(-1), 0.0)
-    return _repeat(last_BKX, repeat).transpose(1, 2).contiguous()
-
-
-def _check(
-    x_shape: torch.Size,
-    weight_DK: Tensor,
-    bias_D: Tensor | None,
-    activation: str | None,
-    repeat: tuple[int, int] | None,
-) -> int:
-    """Check what both forms take; return how often each channel is repeated."""
-    width, times = repeat or (1, 1)
-    if width < 1 or times < 1 or x_shape[-1] % width:
-        raise ValueError(f"repeat: {repeat} does not cut {x_shape[-1]} channels into blocks; use a divisor as width")
-    if weight_DK.ndim != 2 or weight_DK.shape[0] != x_shape[-1] * times or not weight_DK.shape[1]:
-        expected = f"[{x_shape[-1] * times}, taps]"
-        raise ValueError(f"weight_DK: shape {tuple(weight_DK.shape)}; pass {expected}, to go with x and repeat")
-    if bias_D is not None and bias_D.shape != weight_DK.shape[:1]:
-        raise ValueError(f"bias_D: shape {tuple(bias_D.shape)}; pass [{weight_DK.shape[0]}], to go with the taps")
-    if activation not in ("silu", None):
-        raise ValueError(f"activation: {activation!r} is unknown; use 'silu' or None")
-    return times
-
-
-def _check_window(window_BDK: Tensor | None, shape: tuple[int, ...]) -> None:
-    if window_BDK is not None and tuple(window_BDK.shape) != shape:
-        raise ValueError(f"window_BDK: shape {tuple(window_BDK.shape)}; pass {list(shape)}, to go with x and the taps")
+    return repeat_blocks(last_BKX, repeat).transpose(1, 2).contiguous()

@@ -56,3 +56,9 @@ def with_window(x_BLX: Tensor, window_BDK: Tensor | None, num_taps: int, repeat:
     width, times = repeat
     window_BXK = window_BDK.unflatten(1, (-1, times, width))[:, :, 0].flatten(1, 2)
     return torch.cat([window_BXK.transpose(1, 2).to(x_BLX.dtype), x_BLX], dim=1)
+
+
+def repeat_blocks(x: Tensor, repeat: tuple[int, int]) -> Tensor:
+    """Repeat blocks of the last axis: [..., X] -> [..., D]."""
+    width, times = repeat
+    return x.unflatten(-1, (-1, width)).repeat_interleave(times, dim=-2).flatten(-2)

@@ -48,12 +48,12 @@ def check_sequences(
 
 
 def check_step(
-    state_BHKV: Tensor,
+    state_BHKV: Tensor | None,
     q_BHK: Tensor,
     k_BGK: Tensor,
     v_BGV: Tensor,
     g: tuple[str, Tensor],
-    beta_BH: Tensor,
+    beta: tuple[str, Tensor],
     per_channel: bool,
 ) -> None:
     """Check the inputs of one step, as `check_sequences` does.
@@ -66,7 +66,7 @@ def check_step(
     batch, num_heads, key_width = q_BHK.shape
     _check_groups(("k_BGK", k_BGK), ("v_BGV", v_BGV), (batch,), num_heads, key_width)
     _check_shape(*g, (batch, num_heads, key_width) if per_channel else (batch, num_heads))
-    _check_shape("beta_BH", beta_BH, (batch, num_heads))
+    _check_shape(*beta, (batch, num_heads))
     _check_shape("state_BHKV", state_BHKV, (batch, num_heads, key_width, v_BGV.shape[-1]))
 
 

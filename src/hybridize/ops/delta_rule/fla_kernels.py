@@ -24,12 +24,6 @@ def takes(q: Tensor, v: Tensor) -> bool:
     return q.device.type == "cuda" and half and fits and is_installed()
 
 
-def takes_step(q_BHK: Tensor, v_BGV: Tensor, *others: Tensor) -> bool:
-    """Whether the kernels for single tokens, which have no backward pass, are the right form for these inputs."""
-    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q_BHK, v_BGV, *others))
-    return not differentiated and takes(q_BHK, v_BGV)
-
-
 def require(q_BLHK: Tensor) -> None:
     """Check that the kernels can be called at all, where somebody asks for them by name.
 
@@ -102,33 +96,3 @@ def call(
     row = {name: tensor.flatten(0, 1).unsqueeze(0) for name, tensor in tensors.items()}
     o_1TV, states = kernel(**row, initial_state=states, cu_seqlens=begins, **options)
     return o_1TV.view(batch, length, *o_1TV.shape[2:]), states.index_select(0, last_documents)
-
-
-def call_step(
-    kernel: Callable[..., tuple[Tensor, Tensor]],
-    state_BHKV: Tensor,
-    q_BHK: Tensor,
-    k_BGK: Tensor,
-    v_BGV: Tensor,
-    g: Tensor,
-    beta_BH: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Call a kernel for one token of each sequence.
-
-    Args:
-        kernel: takes what the kernels of `call` take.
-        state_BHKV: state before the token; left as it is.
-        q_BHK: queries.
-        k_BGK: keys.
-        v_BGV: values.
-        g: the decays' logarithms, [B, H] or [B, H, K].
-        beta_BH: strengths of writing.
-        scale: factor of what is read.
-
-    Returns:
-        Outputs [B, H, V] in the queries' dtype, and the new state in fp32.
-    """
-    tensors = [tensor.unsqueeze(1) for tensor in (q_BHK, k_BGK, v_BGV, g, beta_BH)]
-    o_B1HV, new_state_BHKV = call(kernel, *tensors, scale=scale, starts_BL=None, initial_state_BHKV=state_BHKV)
-    return o_B1HV.squeeze(1), new_state_BHKV

@@ -20,7 +20,8 @@ from hybridize.ops.delta_rule.checks import check_sequences, check_step
 from hybridize.ops.delta_rule.reference import delta_rule_reference
 from hybridize.ops.delta_rule.step import delta_rule_step
 from hybridize.ops.gated_delta.chunked import gated_delta_rule_chunked
-from hybridize.ops.gated_delta.fla import gated_delta_rule_fla, gated_delta_rule_step_fla
+from hybridize.ops.gated_delta.fla import gated_delta_rule_fla
+from hybridize.ops.launch import is_learning, takes_kernel
 
 __all__ = ["BACKENDS", "gated_delta_rule", "gated_delta_rule_step"]
 
@@ -116,10 +117,13 @@ def gated_delta_rule_step(
     Raises:
         ValueError: a shape does not fit; names the argument, its value and the remedy.
     """
-    check_step(state_BHKV, q_BHK, k_BGK, v_BGV, ("g_BH", g_BH), beta_BH, per_channel=False)
+    named = (("g_BH", g_BH), ("beta_BH", beta_BH))
+    check_step(state_BHKV, q_BHK, k_BGK, v_BGV, *named, per_channel=False)
     scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
-    if fla_kernels.takes_step(q_BHK, v_BGV, k_BGK, g_BH, beta_BH, state_BHKV):
-        return gated_delta_rule_step_fla(state_BHKV, q_BHK, k_BGK, v_BGV, g_BH, beta_BH, scale)
+    if takes_kernel(q_BHK) and not is_learning(state_BHKV, q_BHK, k_BGK, v_BGV, g_BH, beta_BH):
+        from hybridize.ops.delta_rule.triton_step import step_triton
+
+        return step_triton(state_BHKV, q_BHK, k_BGK, v_BGV, g_BH, beta_BH, scale)
     dtype = torch.promote_types(q_BHK.dtype, torch.float32)
     decay_BH1 = torch.exp(g_BH.to(dtype)).unsqueeze(-1)
     return delta_rule_step(state_BHKV, q_BHK, k_BGK, v_BGV, decay_BH1, beta_BH, scale)

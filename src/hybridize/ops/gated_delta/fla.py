@@ -55,23 +55,6 @@ def gated_delta_rule_fla(
     return fla_kernels.call(chunk_gated_delta_rule, q_BLHK, k_BLGK, v_BLGV, g_BLH, beta_BLH, **options)
 
 
-def gated_delta_rule_step_fla(
-    state_BHKV: Tensor,
-    q_BHK: Tensor,
-    k_BGK: Tensor,
-    v_BGV: Tensor,
-    g_BH: Tensor,
-    beta_BH: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Advance the state by one token; the arguments are those of `gated_delta_rule_step`, already checked."""
-    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
-
-    return fla_kernels.call_step(
-        fused_recurrent_gated_delta_rule, state_BHKV, q_BHK, k_BGK, v_BGV, g_BH, beta_BH, scale
-    )
-
-
 def _backward_is_refused(device: torch.device) -> bool:
     return miscompiles_gradients(device) and not _tilelang_takes_over()
 

@@ -20,7 +20,8 @@ from hybridize.ops.delta_rule.checks import check_sequences, check_step
 from hybridize.ops.delta_rule.reference import delta_rule_reference
 from hybridize.ops.delta_rule.step import delta_rule_step
 from hybridize.ops.kimi_delta.chunked import kimi_delta_attention_chunked
-from hybridize.ops.kimi_delta.fla import kimi_delta_attention_fla, kimi_delta_attention_step_fla
+from hybridize.ops.kimi_delta.fla import kimi_delta_attention_fla
+from hybridize.ops.launch import is_learning, takes_kernel
 
 __all__ = ["BACKENDS", "kimi_delta_attention", "kimi_delta_attention_step"]
 
@@ -116,10 +117,13 @@ def kimi_delta_attention_step(
     Raises:
         ValueError: a shape does not fit; names the argument, its value and the remedy.
     """
-    check_step(state_BHKV, q_BHK, k_BGK, v_BGV, ("g_BHK", g_BHK), beta_BH, per_channel=True)
+    named = (("g_BHK", g_BHK), ("beta_BH", beta_BH))
+    check_step(state_BHKV, q_BHK, k_BGK, v_BGV, *named, per_channel=True)
     scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
-    if fla_kernels.takes_step(q_BHK, v_BGV, k_BGK, g_BHK, beta_BH, state_BHKV):
-        return kimi_delta_attention_step_fla(state_BHKV, q_BHK, k_BGK, v_BGV, g_BHK, beta_BH, scale)
+    if takes_kernel(q_BHK) and not is_learning(state_BHKV, q_BHK, k_BGK, v_BGV, g_BHK, beta_BH):
+        from hybridize.ops.delta_rule.triton_step import step_triton
+
+        return step_triton(state_BHKV, q_BHK, k_BGK, v_BGV, g_BHK, beta_BH, scale)
     dtype = torch.promote_types(q_BHK.dtype, torch.float32)
     decay_BHK = torch.exp(g_BHK.to(dtype))
     return delta_rule_step(state_BHKV, q_BHK, k_BGK, v_BGV, decay_BHK, beta_BH, scale)

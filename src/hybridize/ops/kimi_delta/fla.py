@@ -41,18 +41,3 @@ def kimi_delta_attention_fla(
         starts_BL=starts_BL,
         initial_state_BHKV=initial_state_BHKV,
     )
-
-
-def kimi_delta_attention_step_fla(
-    state_BHKV: Tensor,
-    q_BHK: Tensor,
-    k_BGK: Tensor,
-    v_BGV: Tensor,
-    g_BHK: Tensor,
-    beta_BH: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Advance the state by one token; the arguments are those of `kimi_delta_attention_step`, already checked."""
-    from fla.ops.kda import fused_recurrent_kda
-
-    return fla_kernels.call_step(fused_recurrent_kda, state_BHKV, q_BHK, k_BGK, v_BGV, g_BHK, beta_BH, scale)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from hybridize.ops.selective_scan.chunked import selective_scan_chunked
 from hybridize.ops.selective_scan.reference import selective_scan_reference
-from hybridize.ops.selective_scan.step import selective_scan_step
+from hybridize.ops.selective_scan.step import selective_scan_step, selective_scan_step_in_place
 
-__all__ = ["BACKENDS", "selective_scan", "selective_scan_step"]
+__all__ = ["BACKENDS", "selective_scan", "selective_scan_step", "selective_scan_step_in_place"]
 
 _HAS_TRITON = find_spec("triton") is not None
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from hybridize.ops.ssd.chunked import ssd_chunked
 from hybridize.ops.ssd.fla import fla_refuses, ssd_fla
 from hybridize.ops.ssd.reference import ssd_reference
-from hybridize.ops.ssd.step import ssd_step
+from hybridize.ops.ssd.step import ssd_step, ssd_step_in_place
 
-__all__ = ["BACKENDS", "ssd", "ssd_step"]
+__all__ = ["BACKENDS", "ssd", "ssd_step", "ssd_step_in_place"]
 
 BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": ssd_reference,

@@ -14,6 +14,7 @@ from hybridize.pipeline.stages.judging import (
 )
 from hybridize.pipeline.stages.making import PLAN_FILE, run_convert, run_merge, run_traces
 from hybridize.pipeline.stages.ranking import RANKING_FILE, run_rank
+from hybridize.pipeline.stages.searching import SEARCH_FILE, run_search
 from hybridize.pipeline.stages.training import METRICS_FILE, run_distill, run_fit, run_on_policy, run_sft
 from hybridize.spec.stages import (
     DataStage,
@@ -28,6 +29,7 @@ from hybridize.spec.stages import (
 RUNNERS: dict[str, Callable[[Any, Job, Path], dict[str, Any]]] = {
     "traces": run_traces,
     "rank": run_rank,
+    "search": run_search,
     "convert": run_convert,
     "fit": run_fit,
     "distill": run_distill,
@@ -94,6 +96,7 @@ __all__ = [
     "RANKING_FILE",
     "RUNNERS",
     "SCRATCH",
+    "SEARCH_FILE",
     "Job",
     "files_of",
     "judges_in_world",

@@ -27,7 +27,7 @@ def evaluate_model(stage: EvaluateStage, model_path: str, tokenizer_path: str, r
     check_chat_template(tokenizer)
     model = _ready(model_path)
     problems = [
-        draw_problem(task, stage.level, "test", index)
+        draw_problem(task, stage.level_of(task), "test", index)
         for task in stage.tasks
         for index in range(stage.problems_per_task)
     ]

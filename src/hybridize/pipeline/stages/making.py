@@ -6,6 +6,7 @@ from typing import Any
 from hybridize.files import write_whole
 from hybridize.pipeline.job import Job, device, working_dtype
 from hybridize.pipeline.stages.ranking import RANKING_FILE
+from hybridize.pipeline.stages.searching import SEARCH_FILE
 from hybridize.spec.stages import TEACHER, ConvertStage, MergeStage, TracesStage
 
 PLAN_FILE = "conversion.txt"
@@ -34,6 +35,7 @@ def run_convert(stage: ConvertStage, job: Job, folder: Path) -> dict[str, Any]:
     """Convert a teacher, or further layers of a hybrid; the hybrid and its plan go to the folder."""
     import torch
 
+    from hybridize.importance import load_search
     from hybridize.models import cache_bytes, layout_of, load_teacher
     from hybridize.transfer import convert
 
@@ -41,7 +43,9 @@ def run_convert(stage: ConvertStage, job: Job, folder: Path) -> dict[str, Any]:
     source = teacher if stage.model == TEACHER else job.load_model(stage.model)
     before = layout_of(source.config)
     layout = stage.whole_layout
-    if layout is None:
+    if stage.search is not None:
+        layout = load_search(job.artifacts[stage.search].folder / SEARCH_FILE).layout
+    elif layout is None:
         layout = before.with_replaced(chosen_layers(stage, job), stage.mixer, f"{stage.name}.layers")
     layers = tuple(layer for layer in layout.replaced if layer not in before.replaced)
     hybrid, plan = convert(source, layout, stage.init, stage.seed, share=True)

@@ -10,6 +10,7 @@ from hybridize.report.plots.curves import loss_chart, memory_chart
 from hybridize.report.plots.frontier import frontier_chart
 from hybridize.report.plots.importance import importance_chart, layer_strips
 from hybridize.report.plots.lengths import length_chart
+from hybridize.report.plots.search import search_chart
 from hybridize.report.plots.slope import slope_chart
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "loss_chart",
     "memory_chart",
     "score_chart",
+    "search_chart",
     "slope_chart",
     "task_chart",
     "throughput_chart",

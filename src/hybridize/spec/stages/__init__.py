@@ -17,12 +17,14 @@ from hybridize.spec.stages.evaluate import (
 from hybridize.spec.stages.merge import MergeStage
 from hybridize.spec.stages.rank import RankMethod, RankStage
 from hybridize.spec.stages.schedule import ScheduleStage, distilled_name
+from hybridize.spec.stages.search import SearchStage
 from hybridize.spec.stages.traces import TracesStage
 from hybridize.spec.stages.train import DistillStage, FitStage, OnPolicyStage, SftStage, StopSpec, control_name
 
 AnyStage = Annotated[
     TracesStage
     | RankStage
+    | SearchStage
     | ConvertStage
     | FitStage
     | DistillStage
@@ -41,6 +43,7 @@ AnyStage = Annotated[
 STAGE_KINDS: dict[str, type[StageSpec]] = {
     "traces": TracesStage,
     "rank": RankStage,
+    "search": SearchStage,
     "convert": ConvertStage,
     "fit": FitStage,
     "distill": DistillStage,
@@ -79,6 +82,7 @@ __all__ = [
     "RankStage",
     "ReportStage",
     "ScheduleStage",
+    "SearchStage",
     "SftStage",
     "StageSpec",
     "StopSpec",

@@ -17,6 +17,7 @@ class ConvertStage(MixedStage):
         layers: the layers to replace now by `mixer`; or else
         ranking: the rank stage whose least important ones to replace, and
         num_layers: how many of them; or else
+        search: the search stage whose layout to take; or else
         layout: what every layer is to be: one letter a layer, e.g. `aamgaaaa`, or a list of mixers. Layers that are not
             attention already stay as they are.
         blocks: what letters of the layout stand for, where it is not their kind's default, e.g.
@@ -29,6 +30,7 @@ class ConvertStage(MixedStage):
     layers: tuple[int, ...] | None = None
     ranking: str | None = None
     num_layers: int | None = Field(default=None, gt=0)
+    search: str | None = None
     layout: str | tuple[MixerSpec, ...] | None = None
     blocks: dict[str, MixerSpec] = Field(default_factory=dict)
     seed: int = 0
@@ -58,12 +60,15 @@ class ConvertStage(MixedStage):
 
     @model_validator(mode="after")
     def _one_choice(self) -> Self:
-        if [self.layers is None, self.ranking is None, self.layout is None].count(False) != 1:
-            raise ValueError("give either layers, or ranking and num_layers, or layout")
+        if [self.layers, self.ranking, self.search, self.layout].count(None) != 3:
+            raise ValueError("give either layers, or ranking and num_layers, or search, or layout")
         if (self.ranking is None) != (self.num_layers is None):
             raise ValueError("ranking and num_layers go together; give both or neither")
-        if self.layout is not None and "mixer" in self.model_fields_set:
-            raise ValueError("mixer: the layout says what every layer becomes; remove mixer")
+        if "mixer" in self.model_fields_set and (self.layout is not None or self.search is not None):
+            what = "search" if self.layout is None else "layout"
+            raise ValueError(f"mixer: the {what} says what every layer becomes; remove mixer")
+        if self.search is not None and self.model != TEACHER:
+            raise ValueError(f"model: a search is about the teacher, not about {self.model!r}; remove model")
         if self.blocks and not isinstance(self.layout, str):
             raise ValueError("blocks: they say what letters of a layout mean; give a layout of letters")
         if isinstance(self.layout, str):
@@ -88,15 +93,22 @@ class ConvertStage(MixedStage):
 
     @property
     def made(self) -> tuple[MixerSpec, ...]:
-        """The mixers that replace attention; of a whole layout all, those that were there before included."""
+        """The mixers that replace attention; of a whole layout all, those that were there before included.
+
+        None are known before a search has been run.
+        """
         layout = self.whole_layout
         if layout is not None:
             return tuple(layout.layers[layer] for layer in layout.replaced)
+        if self.search is not None:
+            return ()
         return (self.mixer,) * (len(self.layers or ()) or self.num_layers or 0)
 
     @property
     def made_of(self) -> str:
         """The kinds of mixers that replace attention, in words, e.g. `mamba1` or `2 mamba1, 3 identity`."""
+        if self.search is not None:
+            return f"what {self.search} finds"
         kinds = [mixer.type for mixer in self.made] or ["attention" if self.layout is not None else self.mixer.type]
         counts = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
         return kinds[0] if len(counts) == 1 else ", ".join(f"{count} {kind}" for kind, count in counts.items())
@@ -108,5 +120,5 @@ class ConvertStage(MixedStage):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The model, and the ranking if one decides."""
-        return (*super().inputs, *((self.ranking,) if self.ranking else ()))
+        """The model, and the ranking or the search if one decides."""
+        return (*super().inputs, *(name for name in (self.ranking, self.search) if name))

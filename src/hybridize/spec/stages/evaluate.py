@@ -4,6 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from hybridize.spec.base import choose
 from hybridize.spec.data import MAX_LEVEL, TASK_NAMES, check_tasks
 from hybridize.spec.stages.base import StageSpec
 
@@ -33,6 +34,8 @@ class EvaluateStage(JudgingStage):
     Attributes:
         tasks: of the reasoning world.
         level: difficulty, 1..8.
+        levels: difficulty by task, where it is not `level`. Tasks grow at different rates, so answers that are twice as
+            long as those trained on come from other levels in each (`docs/world.md` has the lengths).
         problems_per_task: unseen problems of each task.
         batch_size: problems answered at a time.
         samples: answers to each problem; above 1, pass@k is reported for k = 1 and k = samples.
@@ -43,6 +46,7 @@ class EvaluateStage(JudgingStage):
     kind: Literal["evaluate"] = "evaluate"
     tasks: Annotated[tuple[str, ...], AfterValidator(check_tasks)] = TASK_NAMES
     level: int = Field(default=2, ge=1, le=MAX_LEVEL)
+    levels: dict[str, Annotated[int, Field(ge=1, le=MAX_LEVEL)]] = Field(default_factory=dict)
     problems_per_task: int = Field(default=250, gt=0)
     batch_size: int = Field(default=64, gt=0)
     samples: int = Field(default=1, gt=0)
@@ -54,6 +58,24 @@ class EvaluateStage(JudgingStage):
         if self.samples > 1 and not self.temperature:
             raise ValueError(f"samples: {self.samples} greedy answers are all the same; give a temperature, e.g. 0.6")
         return self
+
+    @model_validator(mode="after")
+    def _levels_of_its_tasks(self) -> Self:
+        for task in self.levels:
+            choose("levels", task, self.tasks)
+        return self
+
+    def level_of(self, task: str) -> int:
+        """The difficulty of a task."""
+        return self.levels.get(task, self.level)
+
+    @property
+    def difficulty(self) -> str:
+        """In words: `level 2`, or `levels 5 (quantities), 4 (swaps)`."""
+        levels = {task: self.level_of(task) for task in self.tasks}
+        if len(set(levels.values())) == 1:
+            return f"level {next(iter(levels.values()))}"
+        return "levels " + ", ".join(f"{level} ({task})" for task, level in levels.items())
 
 
 class HarnessStage(JudgingStage):

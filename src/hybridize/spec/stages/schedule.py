@@ -13,7 +13,7 @@ _INNER = "inner"
 
 
 def _as_list(value: object) -> object:
-    return [value] if isinstance(value, dict) else value
+    return [value] if isinstance(value, dict) else () if value is None else value
 
 
 Rank = Annotated[RankStage, BeforeValidator(as_stage("rank"))]
@@ -26,9 +26,9 @@ Throughput = Annotated[ThroughputStage, BeforeValidator(as_stage("throughput", m
 class ScheduleStage(MixedStage):
     """Convert in stages. It stands for a rank, a convert, perhaps a fit, and a distill stage per count of layers.
 
-    They are called `<name>-<count>-rank`, `-convert`, `-fit`, `-distill`, `-judge` and `-speed`. Other stages refer to
-    the last model by the schedule's own name, and to another by `<name>-<count>-distill` with the count as
-    written here, whatever it is scaled to.
+    They are called `<name>-<count>-rank`, `-convert`, `-fit`, `-distill`, `-judge` (a second one `-judge-2`, and so on)
+    and `-speed`. Other stages refer to the last model by the schedule's own name, and to another by
+    `<name>-<count>-distill` with the count as written here, whatever it is scaled to.
 
     Attributes:
         layers: how many layers are mixers after each stage, ascending. The paper: 25, 27, 30, 34, 37, 40.
@@ -39,7 +39,7 @@ class ScheduleStage(MixedStage):
         init: how it starts.
         fit: settings of the per-layer fit before the first distillation; by default there is none.
         distill: settings of the distillation, for all stages or one for each.
-        evaluate: settings of a judgement after each stage; by default there is none.
+        evaluate: settings of a judgement after each stage, or of several; by default there is none.
         throughput: settings of a measurement of speed after each stage; by default there is none.
         seed: of the conversions.
     """
@@ -50,7 +50,7 @@ class ScheduleStage(MixedStage):
     rank: Annotated[tuple[Rank, ...], BeforeValidator(_as_list)] = (RankStage(name="rank"),)
     fit: Fit | None = None
     distill: Annotated[tuple[Distill, ...], BeforeValidator(_as_list)] = Field(min_length=1)
-    evaluate: Evaluate | None = None
+    evaluate: Annotated[tuple[Evaluate, ...], BeforeValidator(_as_list)] = ()
     throughput: Throughput | None = None
     seed: int = 0
 

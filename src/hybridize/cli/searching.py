@@ -1,0 +1,77 @@
+"""The verb search: a mixer for each layer."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hybridize.cli.options import TeacherArgument, check_new_file, make_stage
+
+
+def search(
+    teacher: TeacherArgument,
+    rankings: Annotated[list[Path], typer.Argument(help="Ranking files of `hybridize rank`, each for another mixer.")],
+    speedup: Annotated[
+        float | None, typer.Option(help="How many times less than the teacher a step must move, at least.")
+    ] = None,
+    num: Annotated[int | None, typer.Option(help="How many layers to replace, exactly.")] = None,
+    context_tokens: Annotated[int, typer.Option(help="Length of the sequences that costs are reckoned for.")] = 8192,
+    concurrency: Annotated[int, typer.Option(help="Sequences that share the reading of the weights.")] = 64,
+    max_groups: Annotated[int | None, typer.Option(help="Most groups of layers in vLLM's cache.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write everything here, as JSON.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the frontier here, as PNG.")] = None,
+) -> None:
+    """Choose a mixer for each layer: the least predicted loss at a cost, beside single mixers and even spacing."""
+    from hybridize.files import write_whole
+    from hybridize.importance import load_ranking, save_search
+    from hybridize.pipeline.artifacts import writing
+    from hybridize.pipeline.planning import read_teacher_config
+    from hybridize.pipeline.searches import show_search
+    from hybridize.pipeline.stages.searching import search_for
+
+    for file in (out, picture):
+        if file:
+            check_new_file(file)
+    stage = make_stage(
+        "search",
+        rankings=tuple(map(str, rankings)),
+        speedup=speedup,
+        num_layers=num,
+        context_tokens=context_tokens,
+        concurrency=concurrency,
+        max_groups=max_groups,
+    )
+    loaded = {str(file): load_ranking(file) for file in rankings}
+    result = search_for(stage, loaded, read_teacher_config(teacher))
+    if out:
+        with writing(out):
+            save_search(result, out)
+    if picture:
+        from hybridize.report import plots
+
+        with writing(picture):
+            write_whole(picture, plots.search_chart(show_search("search", result)))
+    _print(result)
+
+
+def _print(result: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layout", caption=f"{result.method}, cost: {result.cost_unit}")
+    for column in ("replaced", "cost", "x cheaper", "KV groups", f"predicted loss, {result.unit}"):
+        table.add_column(column, justify="right")
+    for found in reversed(result.frontier):
+        table.add_row(
+            f"[bold]{found.layout}[/bold]" if found == result.chosen else found.layout,
+            str(found.num_replaced),
+            f"{found.cost:,.0f}",
+            f"{found.speedup:.2f}",
+            str(found.groups),
+            f"{found.loss:.4f}",
+        )
+    Console().print(table)
+    names = ", ".join(f"{letter} {mixer.type}" for letter, mixer in result.blocks.items())
+    typer.echo(f"a attention, {names}. {'Exact' if result.exact else 'Greedy'}. {result.verdict}")
+    chosen = result.chosen
+    typer.echo(f"layout: {chosen.layout} ({chosen.speedup:.2f} times as cheap, predicted loss {chosen.loss:.4f})")

@@ -1,0 +1,61 @@
+"""A cache for generation that writes new keys and values into room set aside, where transformers' copies all it holds.
+
+transformers' `DynamicLayer` makes new tensors of all keys and values at every token, which moves them twice more than
+attention has to. What attention reads is the same, to the last bit.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+_SPARE_TOKENS = 64
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer, the first part of larger tensors that are replaced when they are full."""
+
+    keys: Any
+    values: Any
+    _key_room: Tensor | None = None
+    _value_room: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values, [rows, heads, new tokens, width]; return all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._key_room, self.keys = _append(self._key_room, self.keys, key_states)
+        self._value_room, self.values = _append(self._value_room, self.values, value_states)
+        return self.keys, self.values
+
+
+def make_cache(config: Any) -> DynamicCache | None:
+    """The cache that `generate` would make for a model, with room to grow; None if no layer keeps all its tokens.
+
+    Args:
+        config: the model's.
+    """
+    cache = DynamicCache(config=config)
+    growing = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if growing == cache.layers:
+        return None
+    cache.layers = growing
+    return cache
+
+
+def _append(room: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Put new tokens behind those held, in the room if they are there and it has space, else in a larger one."""
+    num_held = held.shape[-2] if held.numel() else 0
+    total = num_held + new.shape[-2]
+    if (
+        room is None
+        or (num_held and held.data_ptr() != room.data_ptr())  # rows were chosen or put in another order
+        or room.shape[:-2] != new.shape[:-2]
+        or room.shape[-2] < total
+    ):
+        room = new.new_empty(*new.shape[:-2], total + max(total // 2, _SPARE_TOKENS), new.shape[-1])
+        if num_held:
+            room[..., :num_held, :] = held
+    room[..., num_held:total, :] = new
+    return room, room[..., :total, :]

@@ -1,0 +1,150 @@
+"""What serving a teacher and its hybrids will cost, from a config and layouts alone; imports no torch."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hybridize.bench.prediction import COPY_SHARE, GPUS, Gpu, Prediction, ServedShape, group_warning, predict
+from hybridize.bench.scenarios import SHAPES, Scenario
+from hybridize.pipeline.planning import read_teacher_config
+from hybridize.pipeline.sizes import TeacherShape, mixer_parameters, state_numbers
+from hybridize.spec.base import choose
+from hybridize.spec.layout import LayoutSpec
+from hybridize.spec.mixers import AttentionGeometry, AttentionSpec, IdentitySpec, MixerSpec, SlidingWindowSpec
+
+_STATE_DTYPES = {"float32": 4, "bfloat16": 2}
+
+
+def read_serving_teacher(teacher: str) -> dict[str, Any]:
+    """The config of a teacher that is to be served: a shape by name, a folder, or a name on the hub.
+
+    Raises:
+        ValueError: there is none; says what can be given.
+    """
+    if teacher in SHAPES:
+        return dict(SHAPES[teacher])
+    if "/" not in teacher and not teacher.startswith("."):
+        choose("--teacher", teacher, SHAPES)
+    return read_teacher_config(teacher)
+
+
+def served_shape(
+    config: Mapping[str, Any], word: str, *, dtype_bytes: int = 2, state_dtype: str = "float32", place: str = "--layout"
+) -> ServedShape:
+    """The sizes of a hybrid that decide what serving it costs.
+
+    Args:
+        config: the teacher's.
+        word: the layout, one letter per layer.
+        dtype_bytes: of weights, keys and values.
+        state_dtype: in which the recurrences' states are kept, `float32` or `bfloat16`.
+        place: what to call the layout in errors.
+
+    Raises:
+        ValueError: a letter stands for nothing, or a mixer's sizes do not fit the teacher's.
+    """
+    choose("--state-dtype", state_dtype, _STATE_DTYPES)
+    shape = TeacherShape.of(config)
+    geometry = shape.geometry
+    layers = LayoutSpec.read(word, place=place).resolve(geometry, place).layers
+    change = sum(mixer_parameters(spec, shape) - shape.attention_parameters for spec in layers)
+    own_window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    windows = [spec.window if isinstance(spec, SlidingWindowSpec) else own_window for spec in layers if _attends(spec)]
+    ssm_bytes = _STATE_DTYPES[state_dtype]
+    states = [_state_bytes(spec, geometry, dtype_bytes, ssm_bytes) for spec in layers if _has_state(spec)]
+    embedding = 0 if shape.tied else shape.vocab_size * geometry.hidden_size
+    return ServedShape(
+        weight_bytes=dtype_bytes * (shape.parameters + change),
+        read_bytes=dtype_bytes * (shape.parameters + change - embedding),
+        flops_per_token=2.0 * (shape.active_parameters + change),
+        score_flops=4.0 * geometry.query_width,
+        activation_bytes=3 * dtype_bytes * (shape.intermediate_size + geometry.hidden_size),
+        kv_bytes=2 * dtype_bytes * geometry.kv_width,
+        windows=tuple(windows),
+        states=tuple(states),
+    )
+
+
+def _attends(spec: MixerSpec) -> bool:
+    return isinstance(spec, AttentionSpec | SlidingWindowSpec)
+
+
+def _has_state(spec: MixerSpec) -> bool:
+    return not isinstance(spec, AttentionSpec | SlidingWindowSpec | IdentitySpec)
+
+
+def _state_bytes(spec: MixerSpec, geometry: AttentionGeometry, conv_bytes: int, ssm_bytes: int) -> int:
+    """Bytes of a mixer's state as it lies in vLLM's cache, where each of its two parts is rounded up to 64 bytes."""
+    recurrence, convolution = state_numbers(spec, geometry)
+    return sum(-(-part // 64) * 64 for part in (recurrence * ssm_bytes, convolution * conv_bytes))
+
+
+@dataclass(frozen=True)
+class ServingPlan:
+    """What is expected of teacher and hybrids.
+
+    Attributes:
+        rows: model's name, scenario and prediction.
+        warnings: about layouts that vLLM serves badly.
+    """
+
+    rows: tuple[tuple[str, Scenario, Prediction], ...]
+    warnings: tuple[str, ...]
+
+
+def plan_serving(
+    config: Mapping[str, Any],
+    layouts: Mapping[str, str],
+    gpu: Gpu,
+    scenarios: Iterable[Scenario],
+    *,
+    utilization: float = 0.9,
+    state_dtype: str = "float32",
+) -> ServingPlan:
+    """Predict what teacher and hybrids do in each scenario on one GPU.
+
+    Args:
+        config: the teacher's.
+        layouts: words by name, the teacher's among them.
+        gpu: what they run on.
+        scenarios: what they are asked.
+        utilization: share of the memory that vLLM may take.
+        state_dtype: in which the recurrences' states are kept.
+
+    Raises:
+        ValueError: a layout does not fit the teacher, or `utilization` is out of range.
+    """
+    if not 0 < utilization <= 1:
+        raise ValueError(f"--gpu-memory-utilization: {utilization} is out of range; use more than 0, up to 1")
+    shapes = {
+        name: served_shape(config, word, state_dtype=state_dtype, place=f"--layout {name}")
+        for name, word in layouts.items()
+    }
+    rows = tuple(
+        (name, scenario, predict(shape, gpu, scenario, utilization=utilization))
+        for scenario in scenarios
+        for name, shape in shapes.items()
+    )
+    warnings = (group_warning(name, shape) for name, shape in shapes.items())
+    return ServingPlan(rows, tuple(warning for warning in warnings if warning))
+
+
+def read_gpu(name: str | None, memory_gib: float | None, bandwidth_tbs: float | None) -> Gpu:
+    """A GPU by name, or by its memory and its data sheet's bandwidth; both override what the name says.
+
+    Raises:
+        ValueError: the name is unknown, or a size is missing or not positive.
+    """
+    if name is None and (memory_gib is None or bandwidth_tbs is None):
+        raise ValueError(
+            f"--gpu: it is missing; give one of {', '.join(GPUS)}, or --memory-gib together with --bandwidth-tbs"
+        )
+    for option, value in (("--memory-gib", memory_gib), ("--bandwidth-tbs", bandwidth_tbs)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{option}: {value:g} is out of range; use more than 0")
+    gpu = GPUS[choose("--gpu", name or "h100", GPUS)]
+    if memory_gib is not None:
+        gpu = replace(gpu, memory=memory_gib * 2**30, step_tokens=16384 if memory_gib >= 70 else 8192)
+    if bandwidth_tbs is not None:
+        gpu = replace(gpu, copy_bandwidth=COPY_SHARE * 1e12 * bandwidth_tbs)
+    return gpu

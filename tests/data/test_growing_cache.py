@@ -1,0 +1,97 @@
+"""The cache with room to grow holds what transformers' holds, and moves it less."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers.cache_utils import DynamicLayer
+
+from hybridize.data.growing_cache import GrowingLayer, make_cache
+
+
+def small_model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def states(num_tokens: int, rows: int = 3) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, 2, num_tokens, 4), torch.randn(rows, 2, num_tokens, 4)
+
+
+def test_generation_has_the_bits_of_transformers_own_cache() -> None:
+    model = small_model()
+    input_ids = torch.randint(1, 64, (3, 9))
+    mask = torch.ones_like(input_ids)
+    mask[0, :4] = 0
+    logits = []
+    for cache in (DynamicCache(config=model.config), make_cache(model.config)):
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            max_new_tokens=100,
+            do_sample=False,
+            past_key_values=cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+        )
+        logits.append(torch.stack(output.logits))
+    assert torch.equal(*logits)
+
+
+def test_a_growing_layer_holds_what_a_dynamic_one_does_whatever_is_done_to_it() -> None:
+    ours, theirs = GrowingLayer(), DynamicLayer()
+    rows = 3
+
+    def add(num_tokens: int) -> None:
+        new = states(num_tokens, rows)
+        for got, expected in zip(ours.update(*new), theirs.update(*new), strict=True):
+            assert torch.equal(got, expected)
+        assert ours.get_seq_length() == theirs.get_seq_length()
+
+    for num_tokens in (5, 1, 200, 1, 1):
+        add(num_tokens)
+    for layer in (ours, theirs):
+        layer.crop(-7)
+    add(1)
+    for layer in (ours, theirs):
+        layer.reorder_cache(torch.tensor([2, 0, 1]))
+    add(2)
+    rows = 2
+    for layer in (ours, theirs):
+        layer.batch_select_indices(torch.tensor([0, 2]))
+    add(1)
+    add(1)
+    for layer in (ours, theirs):
+        layer.reset()
+    add(4)
+
+
+def test_what_is_held_stays_where_it_is_while_there_is_room() -> None:
+    layer = GrowingLayer()
+    layer.update(*states(5))
+    places = set()
+    for _ in range(200):
+        keys, _ = layer.update(*states(1))
+        places.add(keys.data_ptr())
+    assert len(places) == 4  # room for 69, 134, 202 and 304 tokens
+
+
+@pytest.mark.parametrize("sliding_window", [None, 16])
+def test_only_layers_that_keep_all_tokens_get_room(sliding_window: int | None) -> None:
+    cache = make_cache(MistralConfig(num_hidden_layers=2, sliding_window=sliding_window))
+    if sliding_window is None:
+        assert cache is not None
+        assert [type(layer) for layer in cache.layers] == [GrowingLayer, GrowingLayer]
+    else:
+        assert cache is None

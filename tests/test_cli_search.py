@@ -1,0 +1,33 @@
+"""The verb search: from ranking files to a layout that convert takes."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from hybridize.cli import app
+
+RUNNER = CliRunner()
+
+
+def test_search_chooses_a_layout_and_writes_what_it_found(tiny_teacher, tmp_path):
+    files = []
+    for mixer in ("mamba1", "mamba2"):
+        files.append(str(tmp_path / f"{mixer}.json"))
+        settings = ["--tokens-per-step", "256", "--sequence-length", "256", "--set", "heldout_rows=1"]
+        command = ["rank", str(tiny_teacher), "--method", "perplexity", "--mixer", mixer, "--init", "neutral"]
+        done = RUNNER.invoke(app, [*command, "--data", "world:1", *settings, "--out", files[-1]])
+        assert done.exit_code == 0, done.output
+    out, picture = tmp_path / "search.json", tmp_path / "search.png"
+    options = ["--num", "2", "--context-tokens", "512", "--out", str(out), "--picture", str(picture)]
+    done = RUNNER.invoke(app, ["search", str(tiny_teacher), *files, *options])
+    assert done.exit_code == 0, done.output
+    layout = json.loads(out.read_text())["chosen"]["layout"]
+    assert f"layout: {layout} (" in done.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    hybrid = tmp_path / "hybrid"
+    done = RUNNER.invoke(app, ["convert", str(tiny_teacher), str(hybrid), "--layout", layout, "--init", "neutral"])
+    assert done.exit_code == 0, done.output
+    # Nothing is written over.
+    with pytest.raises(ValueError, match="exists already"):
+        RUNNER.invoke(app, ["search", str(tiny_teacher), *files, *options], catch_exceptions=False)
