@@ -47,7 +47,7 @@ def measure_kernels(
     Args:
         ops: names from `KERNEL_OPS`; None: all of them.
         shapes: where to measure; an op that takes one token at a time uses `batch * length / 128` sequences, at least
-            one.
+            one, and is measured once for each such number.
         device: None: the GPU if there is one, else the CPU.
         dtype: of the inputs that may be in low precision.
         repeats: runs of which the median counts, after some that do not.
@@ -74,13 +74,14 @@ def measure_kernels(
     exponential_rate = _exponential_rate(place)
     records = []
     for name in names:
-        for shape in shapes:
+        # Shapes that differ in length alone are the same to a decode step.
+        distinct = {shape.one_token() if name.endswith("_step") else shape: shape for shape in shapes}
+        for measured, shape in distinct.items():
             for backend, build in KERNEL_OPS[name].items():
                 generator = torch.Generator(place).manual_seed(seed)
                 case = build(shape, place, dtype, generator)
                 if case is None:
                     continue
-                measured = shape.one_token() if name.endswith("_step") else shape
                 record: dict[str, Any] = {"op": name, "backend": backend, "shape": _describe(name, measured)}
                 record |= {"dtype": str(dtype).removeprefix("torch."), "device": _device_name(place)}
                 record |= _measure(case, place, repeats)
