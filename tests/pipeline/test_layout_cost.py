@@ -66,3 +66,53 @@ def test_cost_knows_the_teachers_own_window():
         CONFIG | {"sliding_window": 50, "use_sliding_window": False}, (), context_tokens=1000, concurrency=10**12
     )
     assert off([6]) == pytest.approx(6 * 1000 * 2 * 2 * 32)
+
+
+@pytest.mark.parametrize("counts", [(16, 0, 0), (10, 40, 0), (3, 45, 2), (7, 5, 4), (0, 16, 0), (1, 1, 14), (6, 9, 1)])
+def test_groups_of_a_search_are_those_of_a_plan_for_serving(counts):
+    from hybridize.bench.prediction import CachePlan, ServedShape
+    from hybridize.importance.search import kv_groups
+
+    attention, state, window = counts
+    windows = (None,) * attention + (100,) * window
+    served = ServedShape(1, 1, 1.0, 1.0, 1, 128, windows, (4096,) * state)
+    assert kv_groups(counts, (Mamba1Spec(), SlidingWindowSpec(window=100))) == CachePlan.of(served).groups
+
+
+@pytest.mark.parametrize("word", ["aaaaaa", "amaaaa", "am2gka", "mmmmmm", "aassma", "iiaaaa"])
+def test_predicted_seconds_are_those_of_a_plan_for_serving(word):
+    from hybridize.bench.prediction import GPUS, predict
+    from hybridize.bench.scenarios import Scenario
+    from hybridize.pipeline.layout_cost import served_seconds
+    from hybridize.pipeline.serving_cost import served_shape
+
+    letters = "am2gksi"
+    mixers = (
+        Mamba1Spec(),
+        Mamba2Spec(),
+        GatedDeltaNetSpec(),
+        KimiDeltaAttentionSpec(),
+        SlidingWindowSpec(),
+        IdentitySpec(),
+    )
+    scenario = Scenario(64, 8192)
+    cost = served_seconds(CONFIG, mixers, GPUS["h100"], scenario)
+    expected = predict(served_shape(CONFIG, word), GPUS["h100"], scenario).tokens_per_second
+    assert 1 / cost([word.count(letter) for letter in letters]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_does_not_fit_into_the_memory_costs_infinitely():
+    from dataclasses import replace
+
+    from hybridize.bench.prediction import GPUS
+    from hybridize.bench.scenarios import Scenario
+    from hybridize.importance.search import Search
+    from hybridize.pipeline.layout_cost import served_seconds
+
+    tiny = replace(GPUS["h100"], memory=1.3e9)
+    cost = served_seconds(CONFIG, (IdentitySpec(),), tiny, Scenario(64, 2**21))
+    assert cost([6, 0]) == float("inf")
+    with pytest.raises(
+        ValueError, match="that of the teacher is infinite; reckon for shorter sequences or a larger GPU"
+    ):
+        Search((IdentitySpec(),), [[0.1] * 6], cost)

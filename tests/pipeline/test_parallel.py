@@ -83,6 +83,7 @@ def weights(run: Path, stage: str) -> dict:
     return load_file(run / stage / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_side_by_side_makes_what_a_row_makes(branches, tmp_path):
     in_a_row = branches | {"output": str(tmp_path / "row")}
     row = run_recipe(parse_recipe(in_a_row), QUIET)
@@ -115,6 +116,7 @@ def test_side_by_side_makes_what_a_row_makes(branches, tmp_path):
         assert {name: a.manifest for name, a in again.items()} == {name: a.manifest for name, a in beside.items()}
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_stops_only_what_needs_it(branches, tmp_path):
     short = tmp_path / "chats.jsonl"
     chat = {"messages": [{"role": "user", "content": "?" * 900}, {"role": "assistant", "content": "!" * 900}]}
@@ -132,14 +134,14 @@ def test_a_stage_that_fails_stops_only_what_needs_it(branches, tmp_path):
     assert not list(run.glob(".*"))
     before = read_artifact(run / "distill-right").manifest
     branches["stages"][2] = distill
-    after = run_recipe(parse_recipe(branches), QUIET, jobs=2)
+    after = run_recipe(parse_recipe(branches), QUIET)
     assert len(after) == 8
     assert after["distill-right"].manifest == before
 
 
 @pytest.mark.slow
 def test_a_killed_worker_costs_its_own_stage_only_and_the_next_run_goes_on(branches, tmp_path):
-    branches["stages"][2]["steps"] = 40
+    branches["stages"][2]["steps"] = 16
     run = Path(branches["output"])
     process = start(branches, tmp_path)
     wait_for(run / ".distill-left.partial" / "checkpoints" / "checkpoint-3", process)
@@ -151,7 +153,7 @@ def test_a_killed_worker_costs_its_own_stage_only_and_the_next_run_goes_on(branc
     done = {folder.name for folder in run.iterdir() if folder.is_dir() and read_artifact(folder) is not None}
     assert done == {"left", "right", "distill-right", "judge"}
     artifacts = run_recipe(parse_recipe(branches), QUIET)
-    assert artifacts["distill-left"].metrics["steps"] == 40
+    assert artifacts["distill-left"].metrics["steps"] == 16
     whole = run_recipe(parse_recipe(branches | {"output": str(tmp_path / "row")}), QUIET)
     one, other = weights(run, "distill-left"), weights(tmp_path / "row", "distill-left")
     assert all((one[name] == other[name]).all() for name in one)
@@ -260,3 +262,14 @@ def test_what_failed_is_told_with_what_could_not_be_done():
 def test_a_number_of_jobs_below_one_is_refused(branches):
     with pytest.raises(ValueError, match=r"^jobs: 0 is out of range; use 1 or more$"):
         run_recipe(parse_recipe(branches), QUIET, jobs=0)
+
+
+def test_a_damaged_result_is_named_and_harms_no_other(branches):
+    del branches["stages"][2:]
+    run = Path(branches["output"])
+    run_recipe(parse_recipe(branches), QUIET)
+    file = run / "left" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"left/model\.safetensors: was truncated or edited.*remove"):
+        run_recipe(parse_recipe(branches), QUIET, jobs=2)
+    assert read_artifact(run / "right") is not None

@@ -7,6 +7,7 @@ import pytest
 
 from hybridize.pipeline.planning import TeacherShape, plan_recipe, read_teacher_config
 from hybridize.pipeline.progress import Reporter
+from hybridize.pipeline.reporting import rewrite_report
 from hybridize.pipeline.runner import run_recipe
 from hybridize.spec.recipe import parse_recipe
 
@@ -88,3 +89,35 @@ def test_more_layers_than_the_teacher_has_are_refused_first(searched):
     with pytest.raises(ValueError, match=r"recipe\.stages\[2\]\.num_layers: 5 is out of range.*1\.\.4"):
         run_recipe(parse_recipe(searched), QUIET)
     assert not (Path(searched["output"]) / "rank-m").exists()
+
+
+def test_report_of_a_searched_or_written_layout_can_be_written_anew(searched):
+    searched["stages"] = [*searched["stages"][:4], {"name": "written", "kind": "convert", "layout": "amaa"}]
+    run_recipe(parse_recipe(searched), QUIET)
+    page = rewrite_report(Path(searched["output"])).read_text()
+    assert "A mixer for each layer" in page
+    assert "Stale:" not in page
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gpu": "h300"}, r"^recipe\.stages\[2\]\.gpu: 'h300' is unknown; use one of h200, h100.*did you mean 'h200'"),
+        ({"gpu": "h100", "scenario": "1k"}, r"^recipe\.stages\[2\]\.scenario: '1k' is no scenario; write prompt:new"),
+    ],
+)
+def test_an_unknown_gpu_is_refused_before_anything_is_done(searched, change, message):
+    searched["stages"][2] |= change
+    with pytest.raises(ValueError, match=message):
+        run_recipe(parse_recipe(searched), QUIET)
+    assert not (Path(searched["output"]) / "rank-m").exists()
+
+
+def test_search_by_predicted_speed_says_what_it_reckoned_with(searched):
+    searched["stages"] = searched["stages"][:3]
+    searched["stages"][2] |= {"gpu": "l40s", "scenario": "64:1k"}
+    run = Path(searched["output"])
+    run_recipe(parse_recipe(searched), QUIET)
+    found = json.loads((run / "search" / "search.json").read_text())
+    assert found["cost_unit"] == "predicted seconds a token in vLLM on one l40s, 64 -> 1k tokens"
+    assert 0 < found["chosen"]["cost"] < 1e-3

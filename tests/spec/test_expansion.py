@@ -152,3 +152,19 @@ def test_a_control_cannot_train_mixers_that_it_has_not():
     sft = {"kind": "sft", "model": "convert", "steps": 5, "train": "mixers", "teacher_control": True}
     with pytest.raises(ValueError, match="teacher_control: the teacher has no mixers to train"):
         recipe({"kind": "convert", "layers": [1]}, sft)
+
+
+def test_a_schedule_judges_in_several_ways():
+    ways = [{"level": 1}, {"levels": {"swaps": 4}, "problems_per_task": 3}]
+    stages = {stage.name: stage for stage in expand(recipe(schedule(layers=[2], of=None, evaluate=ways)), 4).stages}
+    assert [stages[name].difficulty for name in ("h-2-judge", "h-2-judge-2")] == [
+        "level 1",
+        "levels 2 (quantities), 2 (addition), 4 (swaps), 2 (recall)",
+    ]
+    assert stages["h-2-judge-2"].model == "h-2-distill"
+    assert stages["h-2-judge-2"].label == "2 of 4"
+
+
+def test_a_schedule_leaves_other_stages_as_they_are_written():
+    stages = expand(recipe({"kind": "convert", "layout": "aaam"}, schedule(layers=[2], of=None)), 4).stages
+    assert stages[0].layout == "aaam"

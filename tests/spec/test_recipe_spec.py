@@ -302,3 +302,18 @@ def test_a_faulty_file_tells_every_fault(tmp_path):
 def test_reading_a_recipe_needs_no_torch():
     code = "import sys, hybridize.spec.recipe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ({"swps": 2}, r"recipe\.stages\[0\]\.levels: 'swps' is unknown; .*did you mean 'swaps'"),
+        (
+            {"swaps": 9},
+            r"recipe\.stages\[0\]\.levels\.swaps: 9 is not accepted: Input should be less than or equal to 8",
+        ),
+    ],
+)
+def test_levels_by_task_are_checked(levels, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(recipe({"kind": "evaluate", "model": "teacher", "levels": levels}))

@@ -15,6 +15,9 @@ _OutOption = Annotated[Path | None, typer.Option(help="Write the figures here to
 def evaluate(
     model: _ModelArgument,
     level: Annotated[int, typer.Option(help="Difficulty in the reasoning world, 1..8.")] = 2,
+    levels: Annotated[
+        str | None, typer.Option(help="Difficulty by task, where it is another, e.g. swaps=4,recall=5.")
+    ] = None,
     problems: Annotated[int, typer.Option(help="Unseen problems per task.")] = 250,
     tasks: Annotated[str, typer.Option(help="Tasks, by comma.")] = "quantities,addition,swaps,recall",
     samples: Annotated[int, typer.Option(help="Answers to each problem; above 1 gives pass@k.")] = 1,
@@ -51,12 +54,19 @@ def evaluate(
         for name, value in measured.items():
             typer.echo(f"{name:20} {value:,.4f}" if isinstance(value, float) else f"{name:20} {value:,}")
     else:
-        measured = _by_generation(model, level, problems, tasks, samples, temperature, batch_size)
+        measured = _by_generation(model, level, levels, problems, tasks, samples, temperature, batch_size)
     _write(out, measured)
 
 
 def _by_generation(
-    model: str, level: int, problems: int, tasks: str, samples: int, temperature: float, batch_size: int
+    model: str,
+    level: int,
+    levels: str | None,
+    problems: int,
+    tasks: str,
+    samples: int,
+    temperature: float,
+    batch_size: int,
 ) -> dict[str, Any]:
     from hybridize.data.world import TASKS
     from hybridize.pipeline.progress import Reporter
@@ -68,6 +78,7 @@ def _by_generation(
         "evaluate",
         model="model",
         level=level,
+        levels=_read_levels(levels),
         problems_per_task=problems,
         tasks=names,
         batch_size=batch_size,
@@ -81,6 +92,14 @@ def _by_generation(
             f"[{score['low']:.1%}, {score['high']:.1%}]  by right steps {score['steps_correct']}"
         )
     return summary
+
+
+def _read_levels(text: str | None) -> dict[str, int]:
+    try:
+        pairs = [part.split("=") for part in text.split(",")] if text else []
+        return {task.strip(): int(level) for task, level in pairs}
+    except ValueError:
+        raise ValueError(f"--levels: {text!r} is no list of tasks and levels; write e.g. swaps=4,recall=5") from None
 
 
 def _by_harness(

@@ -1,5 +1,6 @@
 """The verb search: a mixer for each layer."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,10 @@ def search(
     num: Annotated[int | None, typer.Option(help="How many layers to replace, exactly.")] = None,
     context_tokens: Annotated[int, typer.Option(help="Length of the sequences that costs are reckoned for.")] = 8192,
     concurrency: Annotated[int, typer.Option(help="Sequences that share the reading of the weights.")] = 64,
+    gpu: Annotated[
+        str | None, typer.Option(help="Reckon with the speed predicted for vLLM on h200, h100, a100 or l40s instead.")
+    ] = None,
+    scenario: Annotated[str, typer.Option(help="With --gpu: tokens read and written, e.g. 1k:8k.")] = "1k:8k",
     max_groups: Annotated[int | None, typer.Option(help="Most groups of layers in vLLM's cache.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write everything here, as JSON.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the frontier here, as PNG.")] = None,
@@ -39,6 +44,8 @@ def search(
         num_layers=num,
         context_tokens=context_tokens,
         concurrency=concurrency,
+        gpu=gpu,
+        scenario=scenario,
         max_groups=max_groups,
     )
     loaded = {str(file): load_ranking(file) for file in rankings}
@@ -56,22 +63,28 @@ def search(
 
 def _print(result: Any) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("layout", caption=f"{result.method}, cost: {result.cost_unit}")
-    for column in ("replaced", "cost", "x cheaper", "KV groups", f"predicted loss, {result.unit}"):
+    caption = f"best of each number of layers, by {result.method}; cost: {result.cost_unit}"
+    table = Table(Column("layout", overflow="fold"), caption=caption)
+    for column in ("replaced", "cost", "x cheaper", "KV groups", f"predicted loss\n{result.unit}"):
         table.add_column(column, justify="right")
-    for found in reversed(result.frontier):
+    best = {
+        found.num_replaced: found for found in result.frontier
+    }  # from the cheapest upwards, so the least loss stays
+    for found in sorted({result.chosen, *best.values()}, key=lambda found: -found.cost):
         table.add_row(
             f"[bold]{found.layout}[/bold]" if found == result.chosen else found.layout,
             str(found.num_replaced),
-            f"{found.cost:,.0f}",
+            f"{found.cost:.4g}",
             f"{found.speedup:.2f}",
             str(found.groups),
-            f"{found.loss:.4f}",
+            f"{found.loss:.4g}",
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     names = ", ".join(f"{letter} {mixer.type}" for letter, mixer in result.blocks.items())
     typer.echo(f"a attention, {names}. {'Exact' if result.exact else 'Greedy'}. {result.verdict}")
     chosen = result.chosen
-    typer.echo(f"layout: {chosen.layout} ({chosen.speedup:.2f} times as cheap, predicted loss {chosen.loss:.4f})")
+    typer.echo(
+        f"layout: {chosen.layout} ({chosen.speedup:.2f} times as cheap, predicted loss {chosen.loss:.4g} {result.unit})"
+    )

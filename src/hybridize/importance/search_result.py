@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Self
 
@@ -49,9 +50,9 @@ class SearchResult:
         frontier: layouts that no other one beats in loss and cost, from the cheapest upwards.
         controls: layouts of a single mixer, by `<letter>` in the best layers and `<letter>/uniform` in evenly spaced
             ones; for none, one, two layers, and so on.
-        leads: by the letter of each mixer, for each of its layouts on its own frontier: by how much the best layout of
-            all that costs no more is lower in predicted loss; 0 is no better. Under `any`, the same for the frontier of
-            all single mixers together.
+        leads: by the letter of each mixer: by how much the best layout of all is lower in predicted loss than the best
+            of that mixer alone that costs no more, at each cost where either frontier has a layout, from the cheapest
+            upwards; 0 is no better. Under `any`, the same for all single mixers together.
         exact: whether every set of counts was looked at.
         method: of the rankings.
         unit: of the losses.
@@ -184,16 +185,19 @@ def search_layout(
     uniform = {f"{letter}/uniform": search.uniform(i) for i, letter in enumerate(letters)}
     # Where groups are limited, they are for the controls that mixtures are compared with.
     fair = {
-        letter: [point for point in points if max_groups is None or point.groups <= max_groups]
+        letter: [p for p in points if isfinite(p.cost) and (max_groups is None or p.groups <= max_groups)]
         for letter, points in singles.items()
     }
     fair[ANY] = [point for points in fair.values() for point in points]
-    leads = {name: tuple(lead(search.points, frontier(points))) for name, points in fair.items()}
+    leads = {name: tuple(lead(search.points, points)) for name, points in fair.items()}
     return SearchResult(
         chosen=shown(chosen),
         blocks=dict(zip(letters, mixers, strict=True)),
         frontier=tuple(map(shown, frontier(search.points))),
-        controls={name: tuple(map(shown, points)) for name, points in (singles | uniform).items()},
+        controls={
+            name: tuple(shown(point) for point in points if isfinite(point.cost))
+            for name, points in (singles | uniform).items()
+        },
         leads=leads,
         exact=search.exact,
         method=first.method,

@@ -263,7 +263,9 @@ class _Study:
         ranking = self.stages.get(origin.ranking) if origin.ranking else None
         if isinstance(ranking, RankStage) and METHODS[ranking.method].is_control:
             return f"{ranking.method} layers: {word}"
-        return word if origin.init == ConvertStage.model_fields["init"].default else f"{origin.init} init: {word}"
+        starts = {stage.init for stage in self.stages.values() if isinstance(stage, ConvertStage)} - {"random"}
+        is_usual = len(starts) == 1 or origin.init == ConvertStage.model_fields["init"].default
+        return word if is_usual else f"{origin.init} init: {word}"
 
     def _memory(self, converts: list[Any]) -> Iterator[CacheMemory]:
         """The teacher's cache, and that of each number of replaced layers."""

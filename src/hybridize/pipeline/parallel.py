@@ -20,6 +20,7 @@ from rich.progress import Progress, TaskID
 from hybridize.pipeline.artifacts import Artifact
 from hybridize.pipeline.progress import COLUMNS, Reporter
 from hybridize.pipeline.worker import GRACE_SECONDS, Failed, Moved, Run, Said, Task, work
+from hybridize.spec.base import StoppedError
 from hybridize.spec.stages import ReportStage, StageSpec, ThroughputStage
 
 
@@ -67,17 +68,19 @@ def run_side_by_side(
     def begin(stage: Any) -> None:
         board.begin(stage.name, f"{stages.index(stage) + 1}/{len(stages)}", describe(stage))
         plan.started.add(stage.name)
-        if isinstance(stage, ReportStage):
-            finish(stage, report(stage, plan.before(stage)))
-            return
-        inputs = {name: plan.finished[name] for name in stage.inputs}
         try:
+            if isinstance(stage, ReportStage):
+                finish(stage, report(stage, plan.before(stage)))
+                return
             there = standing(stage, plan.finished)
         except ValueError as error:
             plan.fail(stage, Failed("mistake", str(error)), board)
             return
+        except (StoppedError, OSError) as error:
+            plan.fail(stage, Failed("stop", str(error)), board)
+            return
         if there is None:
-            crew.give(stage, Task(stage, inputs))
+            crew.give(stage, Task(stage, {name: plan.finished[name] for name in stage.inputs}))
         else:
             board.say(stage.name, "stands, skipped")
             finish(stage, there)

@@ -18,6 +18,7 @@ from hybridize.pipeline.artifacts import (
     read_artifact,
     writing,
 )
+from hybridize.pipeline.layout_cost import check_serving
 from hybridize.pipeline.locking import alone_in
 from hybridize.pipeline.planning import read_teacher_config
 from hybridize.pipeline.progress import Reporter, quiet_libraries
@@ -247,6 +248,8 @@ def check_against_teacher(recipe: RecipeSpec) -> int:
                 f"recipe.stages[{position}].layout: it has {len(layout.layers)} layers, but the teacher has "
                 f"{num_layers}; give one letter or mixer a layer"
             )
+        if isinstance(stage, SearchStage) and stage.gpu is not None:
+            check_serving(stage.gpu, stage.scenario, f"recipe.stages[{position}]")
         asked = stage.num_layers if isinstance(stage, ConvertStage | SearchStage) else None
         if asked is not None and asked > num_layers:
             raise ValueError(

@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-# Tokens of a chunk, a power of two. On a CPU 16, 32 and 64 are within a fifth of one another for heads of 16 to 128
-# channels, and 32 is best on the whole; a GPU does better with fewer, larger products.
+# Tokens of a chunk, a power of two. On a CPU 32 is within a sixth of the best for heads of 32 to 128 channels, while 64
+# takes up to half as long again; a GPU does better with fewer, larger products.
 _CHUNK_ON_CPU = 32
 _CHUNK_ELSEWHERE = 64
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridize.pipeline.job import Job
-from hybridize.pipeline.layout_cost import decode_bytes
+from hybridize.pipeline.layout_cost import check_serving, decode_bytes, served_seconds
 from hybridize.pipeline.planning import read_teacher_config
 from hybridize.pipeline.stages.ranking import RANKING_FILE
 from hybridize.spec.stages import SearchStage
@@ -38,11 +38,18 @@ def search_for(stage: SearchStage, rankings: dict[str, Any], config: dict[str, A
     from hybridize.importance import search_layout
 
     mixers = [ranking.mixer for ranking in rankings.values()]
-    where = {"context_tokens": stage.context_tokens, "concurrency": stage.concurrency}
+    if stage.gpu is None:
+        where = {"context_tokens": stage.context_tokens, "concurrency": stage.concurrency}
+        cost = decode_bytes(config, mixers, **where)
+        unit = f"bytes a step and sequence, {stage.concurrency} sequences of {stage.context_tokens:,} tokens"
+    else:
+        gpu, scenario = check_serving(stage.gpu, stage.scenario, stage.name)
+        cost = served_seconds(config, mixers, gpu, scenario)
+        unit = f"predicted seconds a token in vLLM on one {stage.gpu}, {scenario} tokens"
     return search_layout(
         rankings,
-        decode_bytes(config, mixers, **where),
-        cost_unit=f"bytes a step and sequence, {stage.concurrency} sequences of {stage.context_tokens:,} tokens",
+        cost,
+        cost_unit=unit,
         speedup=stage.speedup,
         num_layers=stage.num_layers,
         max_groups=stage.max_groups,

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from hybridize.spec.layout import LayoutSpec
-from hybridize.spec.mixers import AttentionSpec, KimiDeltaAttentionSpec, MixerSpec, parse_mixer
+from hybridize.spec.mixers import AttentionSpec, KimiDeltaAttentionSpec, Mamba1Spec, MixerSpec, parse_mixer
 from hybridize.spec.stages.base import TEACHER, MixedStage
 
 
@@ -64,7 +64,7 @@ class ConvertStage(MixedStage):
             raise ValueError("give either layers, or ranking and num_layers, or search, or layout")
         if (self.ranking is None) != (self.num_layers is None):
             raise ValueError("ranking and num_layers go together; give both or neither")
-        if "mixer" in self.model_fields_set and (self.layout is not None or self.search is not None):
+        if self.mixer != Mamba1Spec() and (self.layout is not None or self.search is not None):
             what = "search" if self.layout is None else "layout"
             raise ValueError(f"mixer: the {what} says what every layer becomes; remove mixer")
         if self.search is not None and self.model != TEACHER:
