@@ -105,6 +105,7 @@ def test_what_is_measured_is_not_measured_again(processes, tmp_path):
     [
         ({"repeats": 0}, "repeats: 0 is out of range"),
         ({"max_sequences": -1}, "max_sequences: -1 is out of range"),
+        ({"step_tokens": 0}, "step_tokens: 0 is out of range"),
         ({"repeats": 90}, "1 -> 96 has 96 new tokens, of which steps cannot be sampled; use at least 101"),
     ],
 )
@@ -133,6 +134,8 @@ def test_records_on_a_known_gpu_say_what_was_predicted():
     predicted = serving._prediction(made, model().shape)["predicted"]
     assert predicted["sequences"] > 1000
     assert predicted["tokens_per_second"] > 0
+    smaller_steps = serving._prediction(made | {"step_tokens": 2048}, model().shape)["predicted"]
+    assert smaller_steps["sequences"] > predicted["sequences"], "memory is kept free for tokens that no step has"
     assert serving._prediction(record(), model().shape) == {}
 
 
@@ -207,7 +210,7 @@ def test_command_measures_what_it_is_asked_and_shows_a_table(processes, tmp_path
 def test_vllm_is_measured_as_predicted_in_layout(tmp_path):
     models = [model("H", "amgm"), model()]
     scenarios = [Scenario(1, 64), Scenario(140, 64)]
-    options = {"repeats": 2, "steps": 4, "max_sequences": 5}
+    options = {"repeats": 2, "steps": 4, "max_sequences": 5, "step_tokens": 320}
     records = measure_serving(models, scenarios, tmp_path / "sampled.jsonl", **options)
     assert [r.get("error") for r in records] == [None] * 4
     for made, (served, scenario) in zip(records, [(m, s) for m in models for s in scenarios], strict=True):
@@ -216,6 +219,7 @@ def test_vllm_is_measured_as_predicted_in_layout(tmp_path):
         assert made["page_bytes"] == plan.page_bytes
         assert made["blocks_per_sequence"] == plan.blocks(scenario.tokens)
         assert made["sequences"] == 5
+        assert (made["step_tokens"], made["model_runner"]) == (320, 1)
         assert [len(point) for point in made["points"]] == [2, 2, 2]
         contexts = [window["context"] for point in made["points"] for window in point]
         assert contexts == sorted(contexts)

@@ -77,6 +77,14 @@ def members(session: int) -> list[int]:
     return found
 
 
+def wait_for_the_last(process: subprocess.Popen) -> None:
+    """Until no process of the session lives: Python's own helper for semaphores outlives the command by a moment."""
+    deadline = time.monotonic() + 15
+    while members(process.pid):
+        assert time.monotonic() < deadline, members(process.pid)
+        time.sleep(0.05)
+
+
 def weights(run: Path, stage: str) -> dict:
     from safetensors.torch import load_file
 
@@ -149,7 +157,7 @@ def test_a_killed_worker_costs_its_own_stage_only_and_the_next_run_goes_on(branc
     out, error = process.communicate(timeout=200)
     assert process.returncode == 1, (out, error)
     assert "distill-left: its process was ended by SIGKILL, perhaps for lack of memory" in error.replace("\n", " ")
-    assert not members(process.pid)
+    wait_for_the_last(process)
     done = {folder.name for folder in run.iterdir() if folder.is_dir() and read_artifact(folder) is not None}
     assert done == {"left", "right", "distill-right", "judge"}
     artifacts = run_recipe(parse_recipe(branches), QUIET)
@@ -175,10 +183,7 @@ def test_the_end_of_a_run_is_the_end_of_all_its_processes(branches, tmp_path, ho
     else:
         process.kill()
     _, error = process.communicate(timeout=60)
-    deadline = time.monotonic() + 15
-    while members(process.pid):
-        assert time.monotonic() < deadline, members(process.pid)
-        time.sleep(0.05)
+    wait_for_the_last(process)
     if how == "Ctrl-C":
         assert process.returncode == 130
         assert "interrupted; the same command goes on" in error

@@ -51,6 +51,20 @@ def test_layouts_of_every_make_answer_as_transformers_does(make_served, tmp_path
 
 
 @needs_vllm
+def test_groups_of_mixers_share_what_is_built_for_a_step_and_have_pages_of_their_own(make_served, tmp_path):
+    folder = make_served("amgk")  # a group of one layer of attention, and so three of mixers
+    prompts = draw_prompts(40, 3, 25, 1, 64, 2)
+    options = [{"max_num_seqs": 4, "enable_prefix_caching": cached} for cached in (False, True)]
+    jobs = [
+        {"model": folder, "options": o, "calls": [prompts], "tokens": TOKENS, "group_by_group": True} for o in options
+    ]
+    expected = answers(folder, prompts, TOKENS)
+    for result in run_jobs(jobs, tmp_path):
+        assert result.get("tokens") == [expected], result
+        assert result["metadata"]["build"] == 3 * result["metadata"]["_build_first"] > 3 * TOKENS
+
+
+@needs_vllm
 def test_prefix_cache_gives_the_same_answers(make_served, tmp_path):
     folder = make_served(MIXED)
     (base,) = draw_prompts(400)

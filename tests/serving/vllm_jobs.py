@@ -4,7 +4,9 @@
 
 A job is an engine: its `model` and `options`, and `calls`, each a list of prompts that are sent at once. Its result is
 the tokens of every call, or the error; and how many cache blocks were free before and after, how many requests were
-preempted and how many prompt tokens came from the prefix cache.
+preempted and how many prompt tokens came from the prefix cache. With `group_by_group`, each group of mixers asks for
+its metadata at every step, as in vLLM's newer model runner; the result then says how often that was, and how often it
+was made from scratch.
 """
 
 import gc
@@ -48,6 +50,8 @@ def run(job):
 
         core.scheduler._preempt_request = counted
         result["free"] = [pool.get_num_free_blocks()]
+    if job.get("group_by_group"):
+        result["metadata"] = counted_metadata()
     for call in job["calls"]:
         prompts = [{"prompt_token_ids": prompt} for prompt in call]
         outputs = llm.generate(prompts, params, use_tqdm=False)
@@ -57,6 +61,25 @@ def run(job):
         result["free"].append(pool.get_num_free_blocks())
         result["preempted"] = len(count)
     return result
+
+
+def counted_metadata():
+    """Let every group ask for its metadata, and count how often that is and how often it is made from scratch."""
+    from hybridize.serving.metadata import MixerMetadataBuilder
+
+    MixerMetadataBuilder.supports_update_block_table = False
+    counts = {"build": 0, "_build_first": 0}
+
+    def count(name, method):
+        def counted(*args, **kwargs):
+            counts[name] += 1
+            return method(*args, **kwargs)
+
+        setattr(MixerMetadataBuilder, name, counted)
+
+    for name in counts:
+        count(name, getattr(MixerMetadataBuilder, name))
+    return counts
 
 
 def main():

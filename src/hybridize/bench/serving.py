@@ -64,6 +64,7 @@ def measure_serving(
     utilization: float = 0.9,
     max_sequences: int | None = None,
     state_dtype: str = "float32",
+    step_tokens: int | None = None,
     timeout_seconds: float = 1800.0,
     on_progress: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
@@ -81,6 +82,9 @@ def measure_serving(
         utilization: share of the GPU's memory that vLLM takes.
         max_sequences: no crowd is larger; by default as many as the memory holds, and 8 on a CPU.
         state_dtype: in which the recurrences' states are kept.
+        step_tokens: the most tokens of a step, vLLM's `max_num_batched_tokens`. Memory is kept free for them, so fewer
+            leave room for more sequences. By default vLLM's own for offline use, on a large GPU 16384; its server
+            takes 8192.
         timeout_seconds: after which a model is given up.
         on_progress: called with a line when a model starts, ends or fails.
 
@@ -89,15 +93,17 @@ def measure_serving(
         Otherwise: `model`, `layout`, `scenario`, `method` (`sampled` or `whole`), `sequences`, `tokens_per_second`
         (median; and `..._repeats`), `step_ms` (a decode step, the scenario's mean), `floor_ms` (weights, keys and
         values read once, states read and written once, at the bandwidth of a copy), `points` or `seconds` (what was
-        timed), `kv_groups`, `num_blocks`, `capacity_tokens`, `copy_gb_per_s`, versions, and on a known GPU
+        timed), `kv_groups`, `num_blocks`, `capacity_tokens`, `copy_gb_per_s`, `model_runner` (vLLM's, 1 or 2; 0.26
+        takes 1 for hybrids and 2 for most teachers), `async_scheduling`, `step_tokens`, versions, and on a known GPU
         `predicted`.
 
     Raises:
         ImportError: vLLM is not installed.
         ValueError: an option is out of range.
     """
-    for name, value in (("repeats", repeats), ("steps", steps), ("max_sequences", max_sequences or 1)):
-        if value < 1:
+    counts = {"repeats": repeats, "steps": steps, "max_sequences": max_sequences, "step_tokens": step_tokens}
+    for name, value in counts.items():
+        if value is not None and value < 1:
             raise ValueError(f"{name}: {value} is out of range; use at least 1")
     needed = SHORTEST_SPAN + repeats
     for scenario in () if whole else scenarios:
@@ -131,6 +137,7 @@ def measure_serving(
                 "utilization": utilization,
                 "max_sequences": max_sequences,
                 "state_dtype": state_dtype,
+                "step_tokens": step_tokens,
             }
             records_file.parent.mkdir(parents=True, exist_ok=True)
             failed = _run(settings, model, records_file.with_suffix(f".{model.name}.log"), timeout_seconds)
@@ -226,7 +233,8 @@ def _prediction(record: Mapping[str, Any], shape: ServedShape) -> dict[str, Any]
     known = next((gpu for name, gpu in GPUS.items() if name in record["device"].lower()), None)
     if known is None:
         return {}
-    gpu = Gpu(record["memory_bytes"], 1e9 * record["copy_gb_per_s"], known.flops, known.step_tokens)
+    step_tokens = record.get("step_tokens", known.step_tokens)
+    gpu = Gpu(record["memory_bytes"], 1e9 * record["copy_gb_per_s"], known.flops, step_tokens)
     scenario = Scenario(record["prompt_tokens"], record["new_tokens"])
     return {"predicted": asdict(predict(shape, gpu, scenario, utilization=record["utilization"]))}
 

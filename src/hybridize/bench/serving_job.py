@@ -85,6 +85,8 @@ class Served:
                 "kv_role": "kv_both",
             },
         }
+        if job["step_tokens"]:
+            options["max_num_batched_tokens"] = job["step_tokens"]
         if job["state_dtype"] != "float32":
             options["mamba_ssm_cache_dtype"] = job["state_dtype"]
         if self.on_gpu:
@@ -142,7 +144,7 @@ class Served:
         import torch
         import vllm
 
-        groups = self.cache.kv_cache_groups
+        groups, config = self.cache.kv_cache_groups, self.llm.llm_engine.vllm_config
         return {
             "model": self.job["name"],
             "layout": self.job["word"],
@@ -165,6 +167,9 @@ class Served:
             "memory_bytes": self.memory,
             "utilization": self.job["utilization"] if self.on_gpu else None,
             "state_dtype": self.job["state_dtype"],
+            "model_runner": 2 if getattr(config, "use_v2_model_runner", False) else 1,
+            "async_scheduling": bool(config.scheduler_config.async_scheduling),
+            "step_tokens": config.scheduler_config.max_num_batched_tokens,
             "graph_sizes": self.options.get("compilation_config", {}).get("cudagraph_capture_sizes", []),
             "vllm": vllm.__version__,
             "torch": torch.__version__,

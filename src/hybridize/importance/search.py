@@ -2,11 +2,11 @@
 
 Given what the loss rises by when one layer becomes one mixer, for every layer and mixer, a layout's predicted loss is
 the sum over its layers. Nothing says that the increases add up: two layers that replace each other's work cost more
-together than apart, and layers are trained together later. On the pocket teacher the sum of untrained scores was 20 to
-150 times below what converted layouts lost, and of six mixtures that were predicted to lose less than any single mixer
-three did (docs/LOG.md). So a prediction orders layouts, roughly; it measures none. And the least of several noisy
-scores is lower than it should be, the more so the more mixers there are to choose from: a mixture's predicted lead is
-flattered, and its worth is what a later stage measures.
+together than apart, and layers are trained together later. So a prediction orders layouts, roughly; it measures none.
+And the least of several noisy scores is lower than it should be, the more so the more mixers there are to choose from:
+a mixture's predicted lead is flattered, and its worth is what a later stage measures. On the pocket teacher the sum of
+untrained scores was 20 to 150 times below what converted layouts lost, three of six mixtures that were predicted to
+lead did, and after distillation a gated delta net alone was better than the mixtures (docs/LOG.md).
 
 What a layout costs depends on how many layers are of which kind only, whichever they are. So for every such set of
 counts the layout of the least loss is found by dynamic programming over the layers, and then any function of the counts

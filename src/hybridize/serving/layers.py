@@ -23,6 +23,7 @@ from hybridize.models.adapter import MixerLayer
 from hybridize.serving.loading import Target
 from hybridize.serving.metadata import MixerBackend, MixerMetadata
 from hybridize.serving.pages import StatePage, with_oldest
+from hybridize.serving.projections import take_output_projection
 from hybridize.serving.shards import part_of_spec, shard_rules
 from hybridize.serving.states import state_dtypes
 from hybridize.spec import MixerSpec
@@ -50,6 +51,7 @@ class ServedMixer(nn.Module, MambaBase):
         layer_in_training = MixerLayer(part, vllm_config.model_config.hf_config.hidden_size, layer)
         self.mixer = layer_in_training.cast(vllm_config.model_config.dtype).mixer.requires_grad_(False)
         self.mixer.pack_projections()
+        self._projection = (take_output_projection(self.mixer),)  # in a tuple: it is the mixer's already
         self.page = StatePage.of(self.mixer.state_shapes(1), *state_dtypes(vllm_config))
         self.kv_cache: Any = (torch.tensor([]),)
         layers = vllm_config.compilation_config.static_forward_context
@@ -87,9 +89,8 @@ class ServedMixer(nn.Module, MambaBase):
         num_tokens = num_decodes + metadata.num_prefill_tokens
         if num_decodes:
             page_S = metadata.state_indices_tensor_d[:num_decodes, 0].contiguous()
-            output_TE[:num_decodes] = self.mixer.step_in_place(
-                hidden_TE[:num_decodes], conv_PXk, ssm_P, page_S, null_slot=_NO_PAGE
-            )
+            with self._projection[0].writing_to(output_TE[:num_decodes]):
+                self.mixer.step_in_place(hidden_TE[:num_decodes], conv_PXk, ssm_P, page_S, null_slot=_NO_PAGE)
         for group in metadata.groups:
             page_S = metadata.state_indices_tensor_p[group.sequences].long()
             out_SLE, state = self.mixer(

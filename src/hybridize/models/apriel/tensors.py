@@ -1,15 +1,14 @@
 """The tensors of an Apriel-H1 checkpoint and a hybrid's: a plan that accounts for each."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybridize.models.apriel.configs import Shapes, is_fused
-from hybridize.models.hybrid import hybrid_model_class
+from hybridize.models.apriel.configs import is_fused
+from hybridize.models.contents import check_shapes, hybrid_shapes
 from hybridize.models.stored import StoredTensors
 from hybridize.spec import IdentitySpec, Mamba1Spec
 
@@ -68,7 +67,7 @@ def plan_import(stored: StoredTensors, config: Any) -> dict[str, Piece]:
         ValueError: a tensor of the checkpoint is missing, superfluous, or of another shape than the config says.
     """
     layers = config.layout.layers
-    shapes, tied = _hybrid_shapes(config)
+    shapes, tied = hybrid_shapes(config)
     dtype = next(iter(stored.metas.values())).dtype
     plan: dict[str, Piece] = {}
     wanted: dict[str, tuple[int, ...]] = {}
@@ -88,7 +87,7 @@ def plan_import(stored: StoredTensors, config: Any) -> dict[str, Piece]:
             source, stored_shape = _published_name(f"{prefix}.in_proj.weight"), (upper + lower, *shape[1:])
         wanted[source] = stored_shape
         plan[name] = Piece(meta.to(stored.metas[source].dtype) if source in stored.metas else meta, source, rows)
-    _check(stored, wanted)
+    check_shapes(stored, wanted)
     return plan
 
 
@@ -108,9 +107,9 @@ def plan_export(stored: StoredTensors, config: Any, place: str) -> dict[str, Pie
             identity layer has an MLP that does something.
     """
     layers = config.layout.layers
-    shapes, tied = _hybrid_shapes(config)
+    shapes, tied = hybrid_shapes(config)
     wanted = {name: shape for name, shape in shapes.items() if name not in tied or name in stored.metas}
-    _check(stored, wanted)
+    check_shapes(stored, wanted)
     plan = {}
     for name in wanted:
         layer, rest = _layer_of(name)
@@ -127,14 +126,6 @@ def plan_export(stored: StoredTensors, config: Any, place: str) -> dict[str, Pie
     return plan
 
 
-def _hybrid_shapes(config: Any) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Every tensor's shape in a hybrid, and the names of those tied to another, which a file may lack."""
-    with torch.device("meta"):
-        hybrid = hybrid_model_class("mistral")(config)
-    tied = set(getattr(hybrid, "all_tied_weights_keys", None) or {})
-    return {name: tuple(tensor.shape) for name, tensor in hybrid.state_dict().items()}, tied
-
-
 def _layer_of(name: str) -> tuple[int | None, str]:
     """The layer that a tensor is in, and its name there."""
     match = _LAYER.fullmatch(name)
@@ -143,29 +134,3 @@ def _layer_of(name: str) -> tuple[int | None, str]:
 
 def _published_name(name: str) -> str:
     return name.replace(".self_attn.mixer.", ".mixer.")
-
-
-def _check(stored: StoredTensors, wanted: Shapes) -> None:
-    """Check that the stored tensors are those wanted, each of its shape."""
-    found = stored.shapes
-    faults = []
-    if missing := sorted(wanted.keys() - found.keys()):
-        faults.append(f"tensors are missing: {_some(missing)}")
-    if superfluous := sorted(found.keys() - wanted.keys()):
-        faults.append(f"tensors belong to no part of the model: {_some(superfluous)}")
-    both = sorted(wanted.keys() & found.keys())
-    if shapes := [
-        f"{name} {list(found[name])}, not {list(wanted[name])}" for name in both if found[name] != wanted[name]
-    ]:
-        faults.append(f"tensors have another shape than the config says: {_some(shapes)}")
-    if faults:
-        raise ValueError(
-            f"{stored.folder}: the tensors and config.json do not fit together; {'; '.join(faults)}. "
-            "Fetch or convert the model again"
-        )
-
-
-def _some(entries: Iterable[str], limit: int = 12) -> str:
-    listed = list(entries)
-    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + more
