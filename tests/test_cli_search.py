@@ -1,6 +1,7 @@
 """The verb search: from ranking files to a layout that convert takes."""
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -31,3 +32,28 @@ def test_search_chooses_a_layout_and_writes_what_it_found(tiny_teacher, tmp_path
     # Nothing is written over.
     with pytest.raises(ValueError, match="exists already"):
         RUNNER.invoke(app, ["search", str(tiny_teacher), *files, *options], catch_exceptions=False)
+
+
+def test_convert_takes_a_searched_layout_with_its_sizes(tiny_teacher, tmp_path):
+    files = []
+    for name, mixer in (("small", "{type: mamba1, state_size: 8}"), ("two", "mamba2")):
+        files.append(str(tmp_path / f"{name}.json"))
+        settings = ["--tokens-per-step", "256", "--sequence-length", "256", "--set", "heldout_rows=1"]
+        command = ["rank", str(tiny_teacher), "--method", "perplexity", "--mixer", mixer, "--init", "neutral"]
+        done = RUNNER.invoke(app, [*command, "--data", "world:1", *settings, "--out", files[-1]])
+        assert done.exit_code == 0, done.output
+    out, hybrid = tmp_path / "search.json", tmp_path / "hybrid"
+    done = RUNNER.invoke(app, ["search", str(tiny_teacher), files[0], "--num", "2", "--out", str(out)])
+    assert "mamba1 (state_size=8)" in done.output
+    assert "--init neutral" in done.output
+    done = RUNNER.invoke(app, ["convert", str(tiny_teacher), str(hybrid), "--search", str(out), "--init", "neutral"])
+    assert done.exit_code == 0, done.output
+    mixers = json.loads((hybrid / "config.json").read_text())["mixers"]
+    assert {mixer["state_size"] for mixer in mixers if mixer["type"] == "mamba1"} == {8}
+    prints = [json.loads(Path(file).read_text())["settings"]["data_print"] for file in files]
+    assert prints[0] == prints[1]
+    changed = json.loads(Path(files[1]).read_text())
+    changed["settings"]["data_print"] = "other"
+    Path(files[1]).write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="was made from another data than"):
+        RUNNER.invoke(app, ["search", str(tiny_teacher), *files, "--num", "2"], catch_exceptions=False)

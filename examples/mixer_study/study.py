@@ -148,7 +148,7 @@ def run_trial(name: str, seed: int, packed: Path, work: Path, steps: int, tokens
 
 
 def pack(seed: int, out: Path, num_tokens: int) -> None:
-    """Pack the rows of one seed, held-out ones first; keep them if they are there."""
+    """Pack the rows of one seed, held-out ones first; keep them if they are there, whole by being renamed last."""
     if out.exists():
         return
     from transformers import AutoTokenizer
@@ -159,14 +159,28 @@ def pack(seed: int, out: Path, num_tokens: int) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TEACHER)
     num_rows = HELDOUT_ROWS + num_tokens // LENGTH
     rows = pack_rows(WorldDataSpec(levels=(1, 2)), tokenizer, LENGTH, num_rows, seed)
-    out.write_bytes(lzma.compress(pickle.dumps(rows), preset=1))
+    partial = out.with_name(f"{out.name}.{os.getpid()}.part")
+    partial.write_bytes(lzma.compress(pickle.dumps(rows), preset=1))
+    partial.replace(out)
 
 
-def _worker(tasks: "multiprocessing.Queue", results: "multiprocessing.Queue", out: Path, *budget: int) -> None:
+def rows_file(out: Path, seed: int, budget: tuple[int, int]) -> Path:
+    """Where the packed rows of a seed lie: the same ones for every budget up to the usual one."""
+    return out / f"rows-{seed}-{num_tokens_of(budget)}.pickle.xz"
+
+
+def num_tokens_of(budget: tuple[int, int]) -> int:
+    """How many tokens are packed for a budget (steps, tokens a step)."""
+    return max(budget[0] * budget[1], STEPS * TOKENS_PER_STEP)
+
+
+def _worker(
+    tasks: "multiprocessing.Queue", results: "multiprocessing.Queue", out: Path, budget: tuple[int, int]
+) -> None:
     while (task := tasks.get()) is not None:
         name, seed = task
         try:
-            results.put(run_trial(name, seed, out / f"rows-{seed}.pickle.xz", out / "work", *budget))
+            results.put(run_trial(name, seed, rows_file(out, seed, budget), out / "work", *budget))
         except Exception as error:
             results.put({"name": name, "seed": seed, "error": f"{type(error).__name__}: {error}"})
 
@@ -176,8 +190,8 @@ def run(out: Path, workers: int, budget: tuple[int, int], seeds: tuple[int, ...]
     out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     began = time.perf_counter()
-    num_tokens = max(budget[0] * budget[1], STEPS * TOKENS_PER_STEP)  # the same rows for every budget
-    packers = [context.Process(target=pack, args=(seed, out / f"rows-{seed}.pickle.xz", num_tokens)) for seed in seeds]
+    num_tokens = num_tokens_of(budget)
+    packers = [context.Process(target=pack, args=(seed, rows_file(out, seed, budget), num_tokens)) for seed in seeds]
     for packer in packers:
         packer.start()
     for packer in packers:
@@ -191,7 +205,7 @@ def run(out: Path, workers: int, budget: tuple[int, int], seeds: tuple[int, ...]
         tasks.put(task)
     for _ in range(workers):
         tasks.put(None)
-    processes = [context.Process(target=_worker, args=(tasks, results, out, *budget)) for _ in range(workers)]
+    processes = [context.Process(target=_worker, args=(tasks, results, out, budget)) for _ in range(workers)]
     for process in processes:
         process.start()
     with (out / "trials.jsonl").open("a") as file:
@@ -264,6 +278,10 @@ def main() -> None:
     if options.table:
         print(table(options.out))
         return
+    every = look_every(options.steps)
+    if options.steps < 2 or options.steps % every:
+        multiple = f"a multiple of {every}, 2 or more"
+        parser.error(f"--steps {options.steps}: the table looks every {every} steps; pass {multiple}")
     budget = options.steps, options.tokens_per_step
     run(options.out, options.workers, budget, tuple(options.seeds), options.only, options.seconds)
 

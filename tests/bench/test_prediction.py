@@ -17,7 +17,7 @@ from hybridize.bench.prediction import (
 )
 from hybridize.bench.scenarios import Scenario
 
-IDEAL = StepCosts(1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+IDEAL = StepCosts(1.0, 1.0, 0.0, 0.0, 1.0, 0.0)
 
 
 def shape(attention=50, mixers=0, state=286_720, windows=()):
@@ -90,8 +90,8 @@ def test_floor_counts_weights_keys_values_and_states():
     assert floor_seconds(hybrid, 1e12, 7, 1000) == pytest.approx(moved / 1e12)
     gpu = dataclasses.replace(GPUS["h200"], copy_bandwidth=1e12)
     assert step_seconds(hybrid, gpu, 7, 1000, 5, IDEAL) == pytest.approx(moved / 1e12)
-    slow = dataclasses.replace(IDEAL, seconds_per_step=1.0, seconds_per_mixer=0.1, seconds_per_group=0.01)
-    assert step_seconds(hybrid, gpu, 7, 1000, 5, slow) == pytest.approx(moved / 1e12 + 1 + 4 + 0.04)
+    slow = dataclasses.replace(IDEAL, seconds_per_step=1.0, seconds_per_group=0.01)
+    assert step_seconds(hybrid, gpu, 7, 1000, 5, slow) == pytest.approx(moved / 1e12 + 1 + 0.04)
 
 
 def test_window_bounds_what_a_step_reads():

@@ -39,3 +39,20 @@ def test_layouts_take_their_names_or_their_words():
 def test_layouts_that_cannot_be_are_named(words, message):
     with pytest.raises(ValueError, match=message):
         read_layouts(words, {}, 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["am*²"], "repeats '²' times"),
+        (["am*99999999999"], "repeats '99999999999' times"),
+        (["a/b=am*2"], "the name 'a/b' has a slash"),
+    ],
+)
+def test_layouts_that_would_do_harm_are_named(words, message):
+    with pytest.raises(ValueError, match=message):
+        read_layouts(words, {}, 4)
+
+
+def test_scenario_given_twice_counts_once():
+    assert read_scenarios(["1k:8k", "1024:8192"]) == (Scenario(1024, 8192),)

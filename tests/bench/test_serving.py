@@ -61,7 +61,7 @@ def processes(monkeypatch):
         if job["name"] == "slow":
             raise subprocess.TimeoutExpired(command, 1)
         for prompt, new in job["scenarios"]:
-            made = record(job["name"], job["word"], prompt_tokens=prompt, new_tokens=new)
+            made = record(job["name"], job["word"], prompt_tokens=prompt, new_tokens=new, asked=job["asked"])
             append_record(Path(job["records"]), made)
         return SimpleNamespace(returncode=0)
 
@@ -98,6 +98,19 @@ def test_what_is_measured_is_not_measured_again(processes, tmp_path):
     assert len(processes) == 3
     measure_serving([model(word="aaam")], [SCENARIO], file)  # and so is another layout
     assert len(processes) == 4
+
+
+@pytest.mark.parametrize(
+    "options", [{"state_dtype": "bfloat16"}, {"utilization": 0.5}, {"max_sequences": 3}, {"step_tokens": 2048}]
+)
+def test_other_settings_are_measured_by_themselves(processes, tmp_path, options):
+    file = tmp_path / "records.jsonl"
+    measure_serving([model()], [SCENARIO], file)
+    records = measure_serving([model()], [SCENARIO], file, **options)
+    assert len(processes) == 2
+    assert [record["asked"] | options for record in records] == [record["asked"] for record in records]
+    measure_serving([model()], [SCENARIO], file)
+    assert len(processes) == 2
 
 
 @pytest.mark.parametrize(

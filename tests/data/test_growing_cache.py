@@ -87,6 +87,29 @@ def test_what_is_held_stays_where_it_is_while_there_is_room() -> None:
     assert len(places) == 4  # room for 69, 134, 202 and 304 tokens
 
 
+def test_room_for_a_known_length_is_set_aside_once_and_grows_beyond() -> None:
+    config = small_model().config
+    cache = make_cache(config, 105)
+    assert cache is not None
+    layer = cache.layers[1]
+    layer.update(*states(5))
+    places = {layer.update(*states(1))[0].data_ptr() for _ in range(100)}
+    assert len(places) == 1
+    assert layer.keys.untyped_storage().nbytes() == 4 * 3 * 2 * 105 * 4
+    keys, _ = layer.update(*states(1))
+    assert keys.shape[-2] == 106
+    assert keys.data_ptr() not in places
+
+
+def test_reset_gives_the_room_back() -> None:
+    layer = GrowingLayer()
+    layer.update(*states(5))
+    layer.reset()
+    assert layer._key_room is None
+    assert layer._value_room is None
+    assert layer.get_seq_length() == 0
+
+
 @pytest.mark.parametrize("sliding_window", [None, 16])
 def test_only_layers_that_keep_all_tokens_get_room(sliding_window: int | None) -> None:
     cache = make_cache(MistralConfig(num_hidden_layers=2, sliding_window=sliding_window))

@@ -1,6 +1,7 @@
 """Every mixer's step over pools of states against its step on states that are handed over."""
 
 import time
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -118,6 +119,9 @@ def test_packed_projections_give_the_same_and_follow_the_weights(kind: str, full
 
     for parameter, source in zip(mixer.parameters(), other.parameters(), strict=True):
         parameter.data.copy_(source)  # as a checkpoint is loaded
+    is_packed = hasattr(mixer, "_packed")  # Mamba-2 has one projection
+    assert is_packed == (kind != "mamba2")
+    assert not is_packed or mixer._packed.hold(mixer._input_projections)
     packed = step(mixer)
     torch.testing.assert_close(packed, step(other), rtol=1e-5, atol=1e-6)
     with torch.no_grad():
@@ -125,11 +129,61 @@ def test_packed_projections_give_the_same_and_follow_the_weights(kind: str, full
             if parameter.ndim == 2:
                 parameter.mul_(0.5)
     assert not torch.allclose(step(mixer), packed, rtol=1e-2)
-    moved = mixer.double()  # unpacks
+    moved = mixer.double()
+    assert not is_packed or not moved._packed.hold(moved._input_projections)
     with torch.no_grad():
         for parameter, source in zip(moved.parameters(), other.parameters(), strict=True):
             parameter.copy_(source)
     torch.testing.assert_close(step(moved).float(), packed, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["hook", "pre-hook", "wrapped"])
+def test_a_packed_projection_that_was_changed_is_called_itself(change: str) -> None:
+    mixer = make_mixer("gated_delta_net", full=True).requires_grad_(False)
+    conv, ssm = make_pools(mixer, 3, 3, torch.float32, "cpu")
+    hidden_BE = torch.randn(3, HIDDEN)
+    mixer.pack_projections()
+    before = mixer.step_in_place(hidden_BE, conv.clone(), ssm.clone())
+    if change == "hook":
+        mixer.v_proj.register_forward_hook(lambda module, args, output: output * 2)
+    elif change == "pre-hook":
+        mixer.v_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    else:
+        doubled = torch.nn.Linear(HIDDEN, mixer.v_proj.out_features)
+        doubled.weight, doubled.bias = mixer.v_proj.weight, mixer.v_proj.bias
+        doubled.forward = lambda x: 2 * torch.nn.functional.linear(x, doubled.weight, doubled.bias)  # type: ignore
+        mixer.v_proj = doubled
+    expected, _ = mixer(
+        hidden_BE.unsqueeze(1), state=MixerState(torch.nn.functional.pad(conv, (1, 0)), ssm), return_state=True
+    )
+    got = mixer.step_in_place(hidden_BE, conv.clone(), ssm.clone())
+    torch.testing.assert_close(got, expected.squeeze(1), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(got, before, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "gated_delta_net", "kimi_delta_attention"])
+def test_a_copy_of_a_packed_mixer_has_weights_of_its_own(kind: str) -> None:
+    mixer = make_mixer(kind, full=True).requires_grad_(False)
+    conv, ssm = make_pools(mixer, 3, 3, torch.float32, "cpu")
+    hidden_BE = torch.randn(3, HIDDEN)
+    mixer.pack_projections()
+    before = mixer.step_in_place(hidden_BE, conv.clone(), ssm.clone())
+    other = deepcopy(mixer)
+    for parameter in mixer.parameters():
+        parameter.zero_()
+    assert mixer._packed.hold(mixer._input_projections)
+    assert not other._packed.hold(other._input_projections)
+    torch.testing.assert_close(other.step_in_place(hidden_BE, conv.clone(), ssm.clone()), before, rtol=1e-4, atol=1e-5)
+    other.pack_projections()
+    assert other._packed.hold(other._input_projections)
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "gated_delta_net", "kimi_delta_attention"])
+def test_projections_of_different_dtypes_are_not_packed(kind: str) -> None:
+    mixer = make_mixer(kind, full=True)
+    mixer._input_projections[-1].bfloat16()
+    with pytest.raises(ValueError, match=r"^layers: dtypes torch.float32 and torch.bfloat16; cast them to one"):
+        mixer.pack_projections()
 
 
 @every_kind
@@ -140,8 +194,12 @@ def test_inputs_that_do_not_fit_are_refused(kind: str) -> None:
         mixer.step_in_place(torch.zeros(2, HIDDEN - 1), conv, ssm)
     with pytest.raises(ValueError, match=r"^pool_MDW: shape"):
         mixer.step_in_place(torch.zeros(2, HIDDEN), conv[..., :2].contiguous(), ssm)
-    with pytest.raises(ValueError, match=r"^pool_M\w+: .*; pass floats"):
+    with pytest.raises(ValueError, match=r"^ssm_M: .*; pass floats"):
         mixer.step_in_place(torch.zeros(2, HIDDEN), conv, ssm[:, 1:])
+    before = conv.clone()
+    with pytest.raises(ValueError, match=r"^ssm_M: strides .*contiguous"):
+        mixer.step_in_place(torch.randn(2, HIDDEN), conv, torch.stack([ssm, ssm], dim=-1)[..., 0])
+    assert torch.equal(conv, before), "the windows were shifted though the states do not fit"
 
 
 def test_nothing_in_attentions_place_gives_zeros() -> None:

@@ -87,6 +87,17 @@ def test_cache_of_the_wrong_kind_is_refused(hybrid, draw_tokens):
         hybrid(draw_tokens(1, 4), past_key_values=DynamicCache())
 
 
+def test_a_cache_of_other_rows_is_refused_and_left_as_it_is(make_teacher, make_hybrid, draw_tokens):
+    hybrid = make_hybrid(make_teacher("llama"), [0, 2])
+    cache = DynamicCache(config=hybrid.config)
+    with torch.no_grad():
+        hybrid(draw_tokens(4, 5), past_key_values=cache)
+        before = cache.layers[0].recurrent_states[0].clone()
+        with pytest.raises(ValueError, match=r"past_key_values: layer 0 holds 4 rows, the input has 2; reorder or"):
+            hybrid(draw_tokens(2, 1), past_key_values=cache)
+    assert torch.equal(cache.layers[0].recurrent_states[0], before)
+
+
 def test_assisted_generation_is_refused(hybrid, draw_tokens):
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         hybrid.generate(draw_tokens(1, 4), max_new_tokens=4, prompt_lookup_num_tokens=2)

@@ -253,6 +253,15 @@ def test_no_rows_are_no_work(name: str) -> None:
     assert torch.equal(pool, before)
 
 
+@pytest.mark.parametrize("kimi", [False, True])
+def test_no_rows_launch_no_kernel_of_a_delta_rule(kimi: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "kimi_delta" if kimi else "gated_delta"
+    monkeypatch.setattr(f"hybridize.ops.{module}.takes_kernel", lambda tensor: True)
+    case = delta_case(0, kimi=kimi)
+    o_BHV, state_BHKV = case.step(torch.zeros(0, *case.row_shape), **case.tokens, **case.fixed)
+    assert (o_BHV.shape, state_BHKV.shape) == ((0, 4, 20), (0, 4, 12, 20))
+
+
 @every_case
 def test_a_pool_that_does_not_fit_is_refused(name: str) -> None:
     case = CASES[name](3)
@@ -268,6 +277,10 @@ def test_a_pool_that_does_not_fit_is_refused(name: str) -> None:
         case.in_place(pool, slot_B[:2], **rest, null=None)
     with pytest.raises(ValueError, match=r"^slot_B: None with 2 slots for 3 rows"):
         case.in_place(pool[:2], None, **rest, null=None)
+    before = pool.clone()
+    with pytest.raises(ValueError, match=r"^slot_B: -1; pass slots of the pool, and null_slot where"):
+        case.in_place(pool, torch.tensor([0, -1, 2]), **rest, null=1)
+    assert torch.equal(pool, before)
     with pytest.raises(ValueError, match=r"^null_slot: 4; pass one of the pool's slots, 0..3, or None"):
         case.in_place(pool, slot_B, **rest, null=4)
     if case.row_shape[-1] > 1:

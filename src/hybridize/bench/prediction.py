@@ -14,6 +14,9 @@ GB = 1e9
 MANY_GROUPS = 6
 """Groups of vLLM's cache from which on a layout is warned of."""
 
+UNCACHED_SEQUENCES = 1024
+"""Sequences of a model that keeps nothing for them: what vLLM's scheduler takes at a time by default on large GPUs."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -33,10 +36,10 @@ class Gpu:
 
 
 COPY_SHARE = 0.9
-"""Of the data sheet's bandwidth, what a copy reaches: 4.3 of 4.8 TB/s measured on an H200."""
+"""Of the data sheet's bandwidth, what a copy reaches, in round numbers: 4.22 of 4.8 TB/s measured on an H200."""
 
 GPUS: dict[str, Gpu] = {
-    "h200": Gpu(150.7 * GB, 4300 * GB, 989e12),
+    "h200": Gpu(150.7 * GB, 4220 * GB, 989e12),
     "h100": Gpu(85.5 * GB, COPY_SHARE * 3350 * GB, 989e12),
     "a100": Gpu(85.9 * GB, COPY_SHARE * 2039 * GB, 312e12, 8192),
     "l40s": Gpu(48.3 * GB, COPY_SHARE * 864 * GB, 362e12, 8192),
@@ -52,7 +55,6 @@ class StepCosts:
         stream_share: of the copy's bandwidth, at which weights, keys and values are read.
         state_share: of the copy's bandwidth, at which states are read and written.
         seconds_per_step: whatever the model: scheduling that is not hidden, sampling.
-        seconds_per_mixer: a mixer's small kernels, in each layer that has one.
         seconds_per_group: metadata and block tables of one more group of vLLM's cache.
         prefill_share: of the peak, at which prompts are read.
         reserved_bytes: context, graphs and what else is taken beside weights, activations and cache.
@@ -61,20 +63,18 @@ class StepCosts:
     stream_share: float
     state_share: float
     seconds_per_step: float
-    seconds_per_mixer: float
     seconds_per_group: float
     prefill_share: float
     reserved_bytes: float
 
 
-# Least squares over the 45 decode steps of docs/results/serving/records.jsonl (one H200, vLLM 0.26, 15B shape: the teacher
-# and four hybrids at three lengths of 1 -> 16k), relative error 0.8%. A share above 1: reading alone is faster than the
-# copy. Not from there: the prompts' share, of the teacher's about 25k tokens/s on the same card.
+# Least squares over the 45 decode steps of docs/results/serving/records.jsonl (one H200, vLLM 0.26, 15B shape: the
+# teacher and four hybrids at three lengths of 1 -> 16k), relative error 0.8%. A share above 1: reading alone is faster
+# than the copy. Not from there: the prompts' share, of the teacher's about 25k tokens/s on the same card.
 STEP_COSTS = StepCosts(
     stream_share=1.08,
     state_share=0.94,
     seconds_per_step=2.99e-3,
-    seconds_per_mixer=0.0,
     seconds_per_group=0.34e-3,
     prefill_share=0.65,
     reserved_bytes=1.0 * GB,
@@ -171,7 +171,9 @@ class CachePlan:
     def sequences(self, cache_bytes: float, tokens: int) -> int:
         """Sequences of so many tokens that a cache holds; one block is vLLM's own."""
         held = self.blocks(tokens)
-        return max(0, (int(cache_bytes // self.block_bytes) - 1) // held) if held else 0
+        if not held:  # nothing is kept, so the scheduler's own limit is what bounds them
+            return UNCACHED_SEQUENCES if cache_bytes > 0 else 0
+        return max(0, (int(cache_bytes // self.block_bytes) - 1) // held)
 
     def _of_kind(self, kind: int | str | None, tokens: int) -> int:
         if kind == "state":
@@ -221,7 +223,6 @@ def step_seconds(
         streamed / (costs.stream_share * gpu.copy_bandwidth)
         + states / (costs.state_share * gpu.copy_bandwidth)
         + costs.seconds_per_step
-        + costs.seconds_per_mixer * len(shape.states)
         + costs.seconds_per_group * (groups - 1)
     )
 

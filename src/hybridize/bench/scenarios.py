@@ -73,6 +73,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Teachers without weights, as their configs: the paper's, and one that a CPU serves in seconds."""
 
+_MOST_TOKENS = 10**9
+
 TEACHER = "teacher"
 
 PAPER_LAYOUTS: dict[str, str] = {
@@ -91,16 +93,16 @@ def read_scenarios(words: Iterable[str]) -> tuple[Scenario, ...]:
     """Read scenarios that are written as `prompt:new`, e.g. `1:16384` or `1k:8k`.
 
     Raises:
-        ValueError: a word is no scenario; says how one is written.
+        ValueError: a word is no scenario, or is of more than a billion tokens; says how one is written.
     """
     scenarios = []
     for word in words:
-        match = re.fullmatch(r"(\d+)(k?):(\d+)(k?)", word.strip())
+        match = re.fullmatch(r"([0-9]{1,9})(k?):([0-9]{1,9})(k?)", word.strip())
         sizes = [int(match[i]) * (1024 if match[i + 1] else 1) for i in (1, 3)] if match else [0]
-        if min(sizes) < 1:
+        if min(sizes) < 1 or max(sizes) > _MOST_TOKENS:
             raise ValueError(f"--scenario: {word!r} is no scenario; write prompt:new tokens, e.g. 1:16384 or 1k:8k")
         scenarios.append(Scenario(*sizes))
-    return tuple(scenarios)
+    return tuple(dict.fromkeys(scenarios))
 
 
 def read_layouts(words: Iterable[str], defaults: Mapping[str, str], num_layers: int) -> dict[str, str]:
@@ -122,8 +124,10 @@ def read_layouts(words: Iterable[str], defaults: Mapping[str, str], num_layers: 
     for name, _, short in given or [(name, "=", word) for name, word in defaults.items()]:
         if not name or name in layouts:
             raise ValueError(f"--layout: the name {name!r} is empty or taken; give each layout a name of its own")
-        pattern, _, times = short.partition("*")
-        if times and not times.isdigit():
+        if "/" in name:
+            raise ValueError(f"--layout: the name {name!r} has a slash; leave it out, since files are called by it")
+        pattern, star, times = short.partition("*")
+        if star and not re.fullmatch("[0-9]{1,4}", times):
             raise ValueError(f"--layout: {short!r} repeats {times!r} times; write e.g. am*25")
         word = pattern * int(times or 1)
         if len(word) != num_layers:

@@ -94,8 +94,8 @@ def measure_serving(
         (median; and `..._repeats`), `step_ms` (a decode step, the scenario's mean), `floor_ms` (weights, keys and
         values read once, states read and written once, at the bandwidth of a copy), `points` or `seconds` (what was
         timed), `kv_groups`, `num_blocks`, `capacity_tokens`, `copy_gb_per_s`, `model_runner` (vLLM's, 1 or 2; 0.26
-        takes 1 for hybrids and 2 for most teachers), `async_scheduling`, `step_tokens`, versions, and on a known GPU
-        `predicted`.
+        takes 1 for hybrids and 2 for most teachers), `async_scheduling`, `step_tokens`, `asked` (the settings, without
+        which a record is not taken for another's), versions, and on a known GPU `predicted`.
 
     Raises:
         ImportError: vLLM is not installed.
@@ -118,7 +118,15 @@ def measure_serving(
     method = "whole" if whole else "sampled"
     records = []
     for model in models:
-        missing = [s for s in scenarios if not _find(_read(records_file), model, s, method)]
+        asked = {
+            "utilization": utilization,
+            "max_sequences": max_sequences,
+            "state_dtype": state_dtype,
+            "step_tokens": step_tokens,
+            "weight_bytes": model.shape.weight_bytes,
+            "state_bytes": sum(model.shape.states),
+        }
+        missing = [s for s in scenarios if not _find(_read(records_file), model, s, method, asked)]
         if only is not None and model.name not in only:
             missing = []
         failed = None
@@ -138,12 +146,13 @@ def measure_serving(
                 "max_sequences": max_sequences,
                 "state_dtype": state_dtype,
                 "step_tokens": step_tokens,
+                "asked": asked,
             }
             records_file.parent.mkdir(parents=True, exist_ok=True)
             failed = _run(settings, model, records_file.with_suffix(f".{model.name}.log"), timeout_seconds)
             tell(f"{model.name}: {failed or 'done'}")
         done = _read(records_file)
-        found = [_find(done, model, scenario, method) for scenario in scenarios]
+        found = [_find(done, model, scenario, method, asked) for scenario in scenarios]
         records += [record | _prediction(record, model.shape) for record in found if record]
         if failed:
             records.append({"model": model.name, "layout": model.word, "error": failed})
@@ -251,9 +260,9 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 
 def _find(
-    records: Sequence[dict[str, Any]], model: ServedModel, scenario: Scenario, method: str
+    records: Sequence[dict[str, Any]], model: ServedModel, scenario: Scenario, method: str, asked: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """The record of a model in a scenario, the newest one; None if there is none."""
-    wanted = (model.name, model.word, scenario.prompt_tokens, scenario.new_tokens, method)
-    keys = ("model", "layout", "prompt_tokens", "new_tokens", "method")
+    """The record of a model in a scenario under the same settings, the newest one; None if there is none."""
+    keys = ("model", "layout", "prompt_tokens", "new_tokens", "method", "asked")
+    wanted = (model.name, model.word, scenario.prompt_tokens, scenario.new_tokens, method, dict(asked))
     return next((record for record in reversed(records) if tuple(record.get(key) for key in keys) == wanted), None)

@@ -167,6 +167,7 @@ class Served:
             "memory_bytes": self.memory,
             "utilization": self.job["utilization"] if self.on_gpu else None,
             "state_dtype": self.job["state_dtype"],
+            "asked": self.job["asked"],
             "model_runner": 2 if getattr(config, "use_v2_model_runner", False) else 1,
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
             "step_tokens": config.scheduler_config.max_num_batched_tokens,

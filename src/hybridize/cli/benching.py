@@ -102,6 +102,9 @@ def serve(
         int | None, typer.Option(help="No more than so many at a time. By default all that fit.")
     ] = None,
     state_dtype: Annotated[str, typer.Option(help="Of the recurrences' states: float32 or bfloat16.")] = "float32",
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of a step. By default vLLM's own, on a large GPU 16384.")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Minutes after which a model is given up.")] = 30.0,
     small: Annotated[bool, typer.Option("--small", help="A pocket shape and short scenarios, for a CPU.")] = False,
 ) -> None:
@@ -139,6 +142,7 @@ def serve(
         utilization=gpu_memory_utilization,
         max_sequences=max_sequences,
         state_dtype=state_dtype,
+        step_tokens=max_num_batched_tokens,
         timeout_seconds=60 * timeout,
         on_progress=lambda line: typer.echo(line, err=True),
     )

@@ -82,7 +82,13 @@ def convert(
             "g gated_delta_net, k kimi_delta_attention, s sliding_window, i identity."
         ),
     ] = None,
-    mixer: MixerOption = "mamba1",
+    search: Annotated[
+        Path | None,
+        typer.Option(help="Instead, a file of `hybridize search --out`: its layout, with its sizes."),
+    ] = None,
+    mixer: Annotated[
+        str | None, typer.Option(help="What replaces attention, as for `rank`: mamba1 (the paper's) by default.")
+    ] = None,
     init: InitOption = "aligned",
     explain: Annotated[bool, typer.Option(help="Print where every tensor comes from.")] = False,
     seed: SeedOption = 0,
@@ -99,13 +105,25 @@ def convert(
 
     quiet_libraries()
     choose("--init", init, INITS)
-    spec = read_mixer(mixer)
+    spec = read_mixer(mixer or "mamba1")
     check_output(out)
+    if layout is not None and search is not None:
+        raise ValueError("--search: --layout says what every layer becomes as well; give one of them")
+    given = "--layout" if search is None else "--search"
+    if mixer is not None and (layout is not None or search is not None):
+        raise ValueError(f"--mixer: {given} says what every layer becomes; leave out --mixer")
     whole = None if layout is None else LayoutSpec.read(layout, place="--layout")
+    if search is not None:
+        from hybridize.importance import load_search
+
+        found = load_search(search)
+        whole, searched = found.layout, found.target.get("init", init)
+        if searched != init:
+            raise ValueError(f"--init: it is {init}, but {search} goes by rankings with {searched}; give that")
     if whole is None:
         chosen, num_ranked = _parse_layers(layers, ranking, num)
-    elif layers is not None or ranking is not None:
-        raise ValueError("--layout: it says what every layer becomes; leave out --layers and --ranking")
+    elif layers is not None or ranking is not None or num is not None:
+        raise ValueError(f"{given}: it says what every layer becomes; leave out --layers, --ranking and --num")
     else:
         chosen, num_ranked = (), None
     source = load_model(model).requires_grad_(False)
@@ -114,6 +132,8 @@ def convert(
         raise ValueError(
             f"--ranking: {ranking} ranks a model of {num_ranked} layers, but {model} has {num_layers}; give its own"
         )
+    if search is not None and whole is not None and len(whole.layers) != num_layers:
+        raise ValueError(f"--search: its layout has {len(whole.layers)} layers, but {model} has {num_layers}")
     if whole is None:
         whole = layout_of(source.config).with_replaced(chosen, spec, "--layers")
     hybrid, plan = convert_model(source, whole, init, seed, share=True)

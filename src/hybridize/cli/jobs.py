@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,13 +35,15 @@ def plan(
     config: Annotated[
         Path | None, typer.Option(help="The teacher's config.json, if the teacher itself is not at hand.")
     ] = None,
-    tflops: Annotated[float, typer.Option(help="Sustained speed to reckon hours with, in TFLOP/s per GPU.")] = 400.0,
+    tflops: Annotated[
+        float | None, typer.Option(help="Sustained speed to reckon hours with, in TFLOP/s per GPU; by default 400.")
+    ] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Predict instead what serving a teacher and its hybrids with vLLM costs.")
     ] = False,
     teacher: Annotated[
-        str, typer.Option(help="With --serve: folder, name on the hub, or a shape: apriel-15b.")
-    ] = "apriel-15b",
+        str | None, typer.Option(help="With --serve: folder, name on the hub, or a shape: apriel-15b.")
+    ] = None,
     layout: Annotated[
         list[str] | None,
         typer.Option(help="With --serve: name=word, a letter per layer; am*25 is am 25 times. Repeatable."),
@@ -51,17 +54,40 @@ def plan(
     gpu: Annotated[str | None, typer.Option(help="With --serve: h200, h100, a100 or l40s.")] = None,
     memory_gib: Annotated[float | None, typer.Option(help="With --serve: the GPU's memory.")] = None,
     bandwidth_tbs: Annotated[float | None, typer.Option(help="With --serve: its memory's bandwidth, TB/s.")] = None,
-    gpu_memory_utilization: Annotated[float, typer.Option(help="With --serve: share of the memory for vLLM.")] = 0.9,
-    state_dtype: Annotated[str, typer.Option(help="With --serve: float32 or bfloat16.")] = "float32",
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="With --serve: share of the memory for vLLM; by default 0.9.")
+    ] = None,
+    state_dtype: Annotated[str | None, typer.Option(help="With --serve: float32 (the default) or bfloat16.")] = None,
     price_per_hour: Annotated[float | None, typer.Option(help="With --serve: of the GPU, in dollars.")] = None,
 ) -> None:
     """Say what a recipe would do and cost, or with --serve what serving would; trains nothing, loads no model."""
+    serving = {
+        "--teacher": teacher,
+        "--layout": layout,
+        "--scenario": scenario,
+        "--gpu": gpu,
+        "--memory-gib": memory_gib,
+        "--bandwidth-tbs": bandwidth_tbs,
+        "--gpu-memory-utilization": gpu_memory_utilization,
+        "--state-dtype": state_dtype,
+        "--price-per-hour": price_per_hour,
+    }
+    unused = {"--config": config, "--tflops": tflops} if serve else serving if recipe is not None else {}
+    for option, value in unused.items():
+        if value:
+            raise ValueError(f"{option}: it is {'not for' if serve else 'for'} plan --serve; leave it out")
     if serve:
         if recipe is not None:
             raise ValueError(f"plan --serve: it reads no recipe, but {recipe} is given; use --teacher and --layout")
         hardware = (gpu, memory_gib, bandwidth_tbs)
         _plan_serving(
-            teacher, layout or [], scenario or [], hardware, gpu_memory_utilization, state_dtype, price_per_hour
+            teacher or "apriel-15b",
+            layout or [],
+            scenario or [],
+            hardware,
+            0.9 if gpu_memory_utilization is None else gpu_memory_utilization,
+            state_dtype or "float32",
+            price_per_hour,
         )
         return
     if recipe is None:
@@ -78,7 +104,7 @@ def plan(
     typer.echo(
         f"{spec.name}: teacher {spec.teacher}, {shape.parameters / 1e6:,.1f}M parameters, {shape.num_layers} layers"
     )
-    _print(_plan_table(plan_recipe(spec, shape), tflops))
+    _print(_plan_table(plan_recipe(spec, shape), tflops or 400.0))
 
 
 def report(
@@ -131,6 +157,8 @@ def _plan_serving(
     from hybridize.bench.scenarios import PAPER_LAYOUTS, SCENARIOS, read_layouts, read_scenarios
     from hybridize.pipeline.serving_cost import plan_serving, read_gpu, read_serving_teacher
 
+    if price is not None and not (isfinite(price) and price >= 0):
+        raise ValueError(f"--price-per-hour: {price:g} is out of range; use 0 or more")
     config = read_serving_teacher(teacher)
     if not layouts and teacher != "apriel-15b":
         raise ValueError(f"plan --serve: no layout for {teacher}; give one or more, e.g. --layout name=am*12")

@@ -14,37 +14,51 @@ _SPARE_TOKENS = 64
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of one layer, the first part of larger tensors that are replaced when they are full."""
+    """Keys and values of one layer, the first part of larger tensors that are replaced when they are full.
+
+    Args:
+        num_tokens: for how many tokens to set room aside at first; None: half more than there are.
+    """
 
     keys: Any
     values: Any
     _key_room: Tensor | None = None
     _value_room: Tensor | None = None
 
+    def __init__(self, num_tokens: int | None = None) -> None:
+        super().__init__()
+        self._num_tokens = num_tokens or 0
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values, [rows, heads, new tokens, width]; return all of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._key_room, self.keys = _append(self._key_room, self.keys, key_states)
-        self._value_room, self.values = _append(self._value_room, self.values, value_states)
+        self._key_room, self.keys = _append(self._key_room, self.keys, key_states, self._num_tokens)
+        self._value_room, self.values = _append(self._value_room, self.values, value_states, self._num_tokens)
         return self.keys, self.values
 
+    def reset(self) -> None:
+        """Forget all, and give the room back."""
+        self._key_room = self._value_room = None
+        super().reset()
 
-def make_cache(config: Any) -> DynamicCache | None:
+
+def make_cache(config: Any, num_tokens: int | None = None) -> DynamicCache | None:
     """The cache that `generate` would make for a model, with room to grow; None if no layer keeps all its tokens.
 
     Args:
         config: the model's.
+        num_tokens: how many there will be, prompt and answer, if that is known: room for them is set aside at once.
     """
     cache = DynamicCache(config=config)
-    growing = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    growing = [GrowingLayer(num_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     if growing == cache.layers:
         return None
     cache.layers = growing
     return cache
 
 
-def _append(room: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+def _append(room: Tensor | None, held: Tensor, new: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """Put new tokens behind those held, in the room if they are there and it has space, else in a larger one."""
     num_held = held.shape[-2] if held.numel() else 0
     total = num_held + new.shape[-2]
@@ -54,7 +68,8 @@ def _append(room: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, Ten
         or room.shape[:-2] != new.shape[:-2]
         or room.shape[-2] < total
     ):
-        room = new.new_empty(*new.shape[:-2], total + max(total // 2, _SPARE_TOKENS), new.shape[-1])
+        size = num_tokens if total <= num_tokens else total + max(total // 2, _SPARE_TOKENS)
+        room = new.new_empty(*new.shape[:-2], size, new.shape[-1])
         if num_held:
             room[..., :num_held, :] = held
     room[..., num_held:total, :] = new

@@ -92,6 +92,13 @@ def _check_pair(name: str, ranking: Ranking, first_name: str, first: Ranking) ->
                 f"{name}: its {field} is {own}, but that of {first_name} is {other}, and scores compare only over "
                 f"{meaning}; rank again with {field}: {other}"
             )
+    for field in ("teacher", "data"):
+        prints = [each.settings.get(f"{field}_print") for each in (ranking, first)]
+        if None not in prints and prints[0] != prints[1]:
+            raise ValueError(
+                f"{name}: it was made from another {field} than {first_name}, so their scores do not compare; rank "
+                f"both with the same {field}"
+            )
     loss, other = ranking.baseline, first.baseline
     if loss is not None and other is not None and abs(loss - other) > _SAME_BASELINE * max(abs(loss), abs(other)):
         raise ValueError(

@@ -57,7 +57,7 @@ class SearchResult:
         method: of the rankings.
         unit: of the losses.
         cost_unit: of the costs, with what they are reckoned for.
-        target: what was asked for, plain data.
+        target: what was asked for, and the `init` that the rankings were made with; plain data.
     """
 
     chosen: FoundLayout
@@ -203,7 +203,8 @@ def search_layout(
         method=first.method,
         unit=first.unit,
         cost_unit=cost_unit,
-        target={"speedup": speedup, "num_layers": num_layers, "max_groups": max_groups},
+        target={"speedup": speedup, "num_layers": num_layers, "max_groups": max_groups}
+        | ({"init": first.settings["init"]} if "init" in first.settings else {}),
     )
 
 

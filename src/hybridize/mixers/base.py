@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hybridize.ops.slots import check_pool
+
 NO_STEP = -1e4
 """A padded token's step size before softplus, far enough under zero to give exactly 0 in every dtype."""
 
@@ -91,8 +93,13 @@ class Mixer(nn.Module, ABC):
     def pack_projections(self) -> None:
         """Let `step_in_place` make the projections of its input in one product, where there are several.
 
-        For a model that only answers: the parameters become parts of one matrix, and could no longer be saved or
-        optimised each by itself.
+        For a model that only answers: the parameters become parts of one matrix. They keep their names and can be
+        loaded, saved and changed in place. But a pickle of any of them holds the whole matrix; and where they are moved
+        or cast, or the mixer is copied, each gets memory of its own and the matrix is kept beside them, unused, until
+        this is called again.
+
+        Raises:
+            ValueError: the projections' dtypes differ; names both.
         """
 
     @abstractmethod
@@ -137,19 +144,17 @@ def check_inputs(
                 raise ValueError(f"state.{name}: shape {got_shape}; pass {list(shape)}")
 
 
-def check_step_inputs(hidden_size: int, hidden_BE: Tensor) -> None:
-    """Check the inputs of a step in place; its pools are checked where they are used.
+def check_step_inputs(
+    mixer: Mixer, hidden_size: int, hidden_BE: Tensor, ssm_M: Tensor, slot_B: Tensor | None, null_slot: int | None
+) -> None:
+    """Check the inputs of a step in place, before the convolution changes its pool, which it checks itself.
 
     Raises:
-        ValueError: the shape does not fit; names it and the remedy.
+        ValueError: a shape or a dtype does not fit; names it and the remedy.
     """
     if hidden_BE.ndim != 2 or hidden_BE.shape[-1] != hidden_size:
         raise ValueError(f"hidden_BE: shape {tuple(hidden_BE.shape)}; pass [batch, {hidden_size}]")
-
-
-def at_least_fp32(tensor: Tensor) -> Tensor:
-    """The tensor in fp32, or in fp64 if it is that."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    check_pool("ssm_M", ssm_M, mixer.state_shapes(1)["ssm"][1:], slot_B, hidden_BE.shape[0], null_slot)
 
 
 def draw_step_bias(

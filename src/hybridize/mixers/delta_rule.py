@@ -22,7 +22,6 @@ from torch.nn.functional import sigmoid
 from hybridize.mixers.base import (
     Mixer,
     MixerState,
-    at_least_fp32,
     check_inputs,
     check_step_inputs,
     draw_step_bias,
@@ -33,6 +32,7 @@ from hybridize.ops.causal_conv import causal_conv, causal_conv_step, causal_conv
 from hybridize.ops.delta_rule.gates import log_decays, unit_length
 from hybridize.ops.delta_rule.in_place import delta_rule_step_in_place
 from hybridize.ops.gated_norm import gated_norm
+from hybridize.ops.precision import at_least_fp32
 from hybridize.spec.mixers import GatedDeltaNetSpec, KimiDeltaAttentionSpec
 
 
@@ -226,7 +226,7 @@ class DeltaRuleMixer(Mixer):
         null_slot: int | None = None,
     ) -> Tensor:
         """Mix one token of each of many sequences, whose states lie in pools; see `Mixer.step_in_place`."""
-        check_step_inputs(self.hidden_size, hidden_BE)
+        check_step_inputs(self, self.hidden_size, hidden_BE, ssm_M, slot_B, null_slot)
         together, parts = project_together(self._packed, self._input_projections, hidden_BE)
         q, k, v, decay_inputs, beta_inputs_BH = parts[:5]
         if self.q_norm is None:

@@ -17,7 +17,6 @@ from hybridize.mixers.base import (
     NO_STEP,
     Mixer,
     MixerState,
-    at_least_fp32,
     check_inputs,
     check_step_inputs,
     draw_step_bias,
@@ -25,6 +24,7 @@ from hybridize.mixers.base import (
 from hybridize.mixers.norms import BlockRMSNorm
 from hybridize.mixers.packing import PackedLinears, project_together
 from hybridize.ops.causal_conv import causal_conv, causal_conv_step, causal_conv_step_in_place
+from hybridize.ops.precision import at_least_fp32
 from hybridize.ops.selective_scan import selective_scan, selective_scan_step, selective_scan_step_in_place
 from hybridize.spec.mixers import Mamba1Spec
 
@@ -193,7 +193,7 @@ class Mamba1Mixer(Mixer):
         null_slot: int | None = None,
     ) -> Tensor:
         """Mix one token of each of many sequences, whose states lie in pools; see `Mixer.step_in_place`."""
-        check_step_inputs(self.in_proj.in_features, hidden_BE)
+        check_step_inputs(self, self.in_proj.in_features, hidden_BE, ssm_M, slot_B, null_slot)
         _, (inner_BW, dt_BR) = project_together(self._packed, self._input_projections, hidden_BE)
         z_BD, x_BX, B_BX, C_BD = self._divide(inner_BW)
         x_BD = causal_conv_step_in_place(

@@ -22,7 +22,6 @@ from hybridize.mixers.base import (
     NO_STEP,
     Mixer,
     MixerState,
-    at_least_fp32,
     check_inputs,
     check_step_inputs,
     draw_step_bias,
@@ -30,6 +29,7 @@ from hybridize.mixers.base import (
 from hybridize.mixers.norms import BlockRMSNorm
 from hybridize.ops.causal_conv import causal_conv, causal_conv_step, causal_conv_step_in_place
 from hybridize.ops.gated_norm import gated_norm
+from hybridize.ops.precision import at_least_fp32
 from hybridize.ops.ssd import ssd, ssd_step, ssd_step_in_place
 from hybridize.spec.mixers import Mamba2Spec
 
@@ -191,7 +191,7 @@ class Mamba2Mixer(Mixer):
         null_slot: int | None = None,
     ) -> Tensor:
         """Mix one token of each of many sequences, whose states lie in pools; see `Mixer.step_in_place`."""
-        check_step_inputs(self.in_proj.in_features, hidden_BE)
+        check_step_inputs(self, self.in_proj.in_features, hidden_BE, ssm_M, slot_B, null_slot)
         z_BD, inner_BX, dt_BH = self._project(hidden_BE, None)
         taps_XK = self.conv1d.weight.squeeze(1)
         inner_BX = causal_conv_step_in_place(

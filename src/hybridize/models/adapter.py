@@ -75,6 +75,9 @@ class MixerLayer(nn.Module):
 
         Returns:
             [batch, length, hidden] and None in the place of attention weights.
+
+        Raises:
+            ValueError: the cache holds something else for this layer, or another number of rows.
         """
         past_key_values = kwargs.get(self.cache_argument, past_key_values)
         if past_key_values is None:
@@ -83,6 +86,11 @@ class MixerLayer(nn.Module):
         state = self._read(past_key_values)
         must_keep = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if state is not None and hidden_states.shape[1] == 1 and mixer_valid is None and not must_keep:
+            if state.conv.shape[0] != hidden_states.shape[0]:
+                raise ValueError(
+                    f"past_key_values: layer {self.layer_idx} holds {state.conv.shape[0]} rows, the input has "
+                    f"{hidden_states.shape[0]}; reorder or remake the cache"
+                )
             out_BE = self.mixer.step_in_place(hidden_states[:, 0], state.conv, state.ssm)
             self._write(past_key_values, None, hidden_states)
             return out_BE.unsqueeze(1), None

@@ -11,7 +11,7 @@ from torch import Tensor
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_HAS_TRITON = find_spec("triton") is not None
+HAS_TRITON = find_spec("triton") is not None
 
 
 def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
@@ -29,7 +29,7 @@ def on_its_device(function: Callable[P, T]) -> Callable[P, T]:
 
 def takes_kernel(tensor: Tensor) -> bool:
     """Whether a tensor is one for our kernels: on a GPU, with Triton installed, and not in fp64."""
-    return _HAS_TRITON and tensor.is_cuda and tensor.dtype != torch.float64
+    return HAS_TRITON and tensor.is_cuda and tensor.dtype != torch.float64
 
 
 def contiguous_rows(tensor: Tensor) -> Tensor:

@@ -43,6 +43,11 @@ def check_pool(
     if slot_B.dtype not in (torch.int32, torch.int64) or tuple(slot_B.shape) != (num_rows,):
         got = f"{slot_B.dtype} of shape {tuple(slot_B.shape)}"
         raise ValueError(f"slot_B: {got}; pass int32 or int64 of shape [{num_rows}]")
+    # Kernels write nothing for -1, indexing would write to the last slot; a GPU would have to be waited for.
+    if slot_B.device.type == "cpu" and bool((slot_B < 0).any()):
+        raise ValueError(
+            f"slot_B: {int(slot_B.min())}; pass slots of the pool, and null_slot where there is no sequence"
+        )
     if null_slot is not None and not 0 <= null_slot < pool_M.shape[0]:
         raise ValueError(f"null_slot: {null_slot}; pass one of the pool's slots, 0..{pool_M.shape[0] - 1}, or None")
 

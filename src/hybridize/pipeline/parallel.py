@@ -15,6 +15,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from rich.markup import escape
 from rich.progress import Progress, TaskID
 
 from hybridize.pipeline.artifacts import Artifact
@@ -252,11 +253,11 @@ class _Board:
 
     def begin(self, name: str, number: str, what: str) -> None:
         """A stage begins."""
-        self.reporter.say(f"[bold]{number} {name}[/bold]  {what}")
+        self.reporter.say(f"[bold]{number} {escape(name)}[/bold]  {escape(what)}")
 
     def say(self, name: str, text: str) -> None:
         """A line about a stage."""
-        self.reporter.say(f"  {name}: {text.strip()}")
+        self.reporter.say(f"  {escape(name)}: {escape(text.strip())}")
 
     def move(self, name: str, moved: Moved) -> None:
         """A stage's bar has moved, or is gone."""
@@ -279,4 +280,10 @@ class _Board:
 
 def threads_of_each(jobs: int) -> int:
     """CPU threads for each of so many processes."""
-    return max(1, len(os.sched_getaffinity(0)) // jobs)
+    return max(1, usable_cpus() // jobs)
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use; where the system does not say, all that there are."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -122,7 +122,7 @@ def _cost(stage: StageSpec, shape: TeacherShape, models: Mapping[str, _Model]) -
         case EvaluateStage():
             problems = stage.problems_per_task * len(stage.tasks)
             tokens = problems * stage.samples * _TOKENS_PER_PROBLEM
-            text = f"{stage.model}: {problems} problems"
+            text = f"{stage.model}: {problems} problems, {stage.difficulty}"
             return StageCost(stage.name, text, tokens, 0, tokens * forward, frozen)
         case TextStage():
             tokens = stage.max_tokens

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from hybridize.files import write_whole
 from hybridize.pipeline.artifacts import (
     Artifact,
@@ -92,7 +94,7 @@ def run_recipe(recipe: RecipeSpec, reporter: Reporter | None = None, jobs: int =
         if jobs > 1:
             return _run_side_by_side(recipe, written, num_layers, job, teacher_print, jobs)
         for number, stage in enumerate(recipe.stages, 1):
-            reporter.say(f"[bold]{number}/{len(recipe.stages)} {stage.name}[/bold]  {describe(stage)}")
+            reporter.say(f"[bold]{number}/{len(recipe.stages)} {stage.name}[/bold]  {escape(describe(stage))}")
             if isinstance(stage, ReportStage):
                 from hybridize.pipeline.reporting import make_report
 
@@ -100,14 +102,14 @@ def run_recipe(recipe: RecipeSpec, reporter: Reporter | None = None, jobs: int =
             else:
                 artifact = run_stage(stage, job, output / stage.name, teacher_print, replace=True)
             job.artifacts[stage.name] = artifact
-            reporter.say(f"  {outcome(stage, artifact)}")
+            reporter.say(f"  {escape(outcome(stage, artifact))}")
         return job.artifacts
 
 
 def _run_side_by_side(
     recipe: RecipeSpec, written: RecipeSpec, num_layers: int, job: Job, teacher_print: str, jobs: int
 ) -> dict[str, Artifact]:
-    from hybridize.pipeline.parallel import run_side_by_side, threads_of_each
+    from hybridize.pipeline.parallel import run_side_by_side, threads_of_each, usable_cpus
     from hybridize.pipeline.reporting import make_report
     from hybridize.pipeline.worker import Run
 
@@ -120,7 +122,7 @@ def _run_side_by_side(
 
     return run_side_by_side(
         recipe.stages,
-        Run(job.teacher, teacher_print, job.data, output, threads_of_each(jobs), draws_bars),
+        Run(job.teacher, teacher_print, job.data, output, threads_of_each(jobs), usable_cpus(), draws_bars),
         jobs,
         job.reporter,
         standing=standing,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 from hybridize.bench.prediction import COPY_SHARE, GPUS, Gpu, Prediction, ServedShape, group_warning, predict
@@ -125,8 +126,14 @@ def plan_serving(
         for scenario in scenarios
         for name, shape in shapes.items()
     )
-    warnings = (group_warning(name, shape) for name, shape in shapes.items())
-    return ServingPlan(rows, tuple(warning for warning in warnings if warning))
+    warnings = []
+    for name, shape in shapes.items():
+        room = utilization * gpu.memory
+        if shape.weight_bytes > room:
+            warnings.append(f"{name}: weights {shape.weight_bytes / 1e9:.1f} GB do not fit in {room / 1e9:.1f} GB")
+        elif groups := group_warning(name, shape):
+            warnings.append(groups)
+    return ServingPlan(rows, tuple(warnings))
 
 
 def read_gpu(name: str | None, memory_gib: float | None, bandwidth_tbs: float | None) -> Gpu:
@@ -140,7 +147,7 @@ def read_gpu(name: str | None, memory_gib: float | None, bandwidth_tbs: float | 
             f"--gpu: it is missing; give one of {', '.join(GPUS)}, or --memory-gib together with --bandwidth-tbs"
         )
     for option, value in (("--memory-gib", memory_gib), ("--bandwidth-tbs", bandwidth_tbs)):
-        if value is not None and value <= 0:
+        if value is not None and not (isfinite(value) and value > 0):
             raise ValueError(f"{option}: {value:g} is out of range; use more than 0")
     gpu = GPUS[choose("--gpu", name or "h100", GPUS)]
     if memory_gib is not None:

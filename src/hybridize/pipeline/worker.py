@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
@@ -25,7 +25,7 @@ from hybridize.pipeline.artifacts import Artifact
 from hybridize.pipeline.progress import Advance, Reporter
 from hybridize.spec.base import StoppedError
 from hybridize.spec.data import DataSpec
-from hybridize.spec.stages import StageSpec
+from hybridize.spec.stages import StageSpec, ThroughputStage
 
 GRACE_SECONDS = 10.0
 """How long a worker has to come to an end by itself."""
@@ -43,6 +43,7 @@ class Run:
         data: the recipe's.
         output: the run's folder.
         threads: of a CPU that the worker may use.
+        all_threads: that it uses while nothing runs beside it, where speed is measured; None: as many.
         draws_bars: whether progress is wanted in small steps.
     """
 
@@ -51,6 +52,7 @@ class Run:
     data: DataSpec
     output: Path
     threads: int
+    all_threads: int | None
     draws_bars: bool
 
 
@@ -133,7 +135,10 @@ def work(pipe: Connection, run: Run) -> None:
 
     A signal to terminate ends it as Ctrl-C does: what is unfinished is left so that the next run goes on from there.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(run.threads))
+    if "OMP_NUM_THREADS" in os.environ:  # a person's word counts, beside others and alone
+        run = replace(run, all_threads=None)
+    else:
+        os.environ["OMP_NUM_THREADS"] = str(run.threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it hears Ctrl-C, and ends it
     signal.signal(signal.SIGTERM, _interrupt)
     tasks: SimpleQueue[Task] = SimpleQueue()
@@ -149,7 +154,8 @@ def _do(task: Task, run: Run, reporter: Reporter) -> Artifact | Failed:
 
     job = Job(run.teacher, run.data, reporter, dict(task.inputs))
     try:
-        return run_stage(task.stage, job, run.output / task.stage.name, run.teacher_print, replace=True)
+        with _threads_for(task.stage, run):
+            return run_stage(task.stage, job, run.output / task.stage.name, run.teacher_print, replace=True)
     except (StoppedError, OSError) as error:
         return Failed("stop", str(error))
     except (ValueError, ImportError) as error:
@@ -164,6 +170,22 @@ def _do(task: Task, run: Run, reporter: Reporter) -> Artifact | Failed:
         return Failed("fault", traceback.format_exc())
     finally:
         _free_memory()
+
+
+@contextmanager
+def _threads_for(stage: StageSpec, run: Run) -> Iterator[None]:
+    """Use all threads while speed is measured, since then nothing runs beside it."""
+    if run.all_threads is None or not isinstance(stage, ThroughputStage):
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(run.all_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _listen(pipe: Connection, tasks: Any) -> None:

@@ -65,7 +65,22 @@ class RecipeSpec(Spec):
                 kinds |= {distilled_name(stage, count): "distill" for count in stage.layers}
             elif isinstance(stage, SftStage) and stage.teacher_control:
                 kinds[control_name(stage)] = "sft"
+        self._check_inits()
         return self
+
+    def _check_inits(self) -> None:
+        """Raise a `ValueError` if a layout is converted with another init than the one it was searched for."""
+        inits = {stage.name: stage.init for stage in self.stages if isinstance(stage, RankStage)}
+        rankings = {stage.name: stage.rankings for stage in self.stages if isinstance(stage, SearchStage)}
+        for position, stage in enumerate(self.stages):
+            if not isinstance(stage, ConvertStage) or not stage.search:
+                continue
+            for name in rankings.get(stage.search, ()):
+                if inits.get(name, stage.init) != stage.init:
+                    raise ValueError(
+                        f"stages[{position}].init: it is {stage.init}, but {stage.search} goes by {name}, which ranks "
+                        f"with {inits[name]}; use {inits[name]} for both"
+                    )
 
     @property
     def output_folder(self) -> Path:

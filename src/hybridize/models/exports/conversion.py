@@ -13,6 +13,7 @@ from hybridize.models.exports.pieces import Pieces, check_used
 from hybridize.models.exports.qwen import QWEN
 from hybridize.models.families import HYBRID_PREFIX, find_family
 from hybridize.models.stored import Progress, StoredTensors, copy_companions, make_folder, write_tensors
+from hybridize.spec.base import choose
 
 FORMATS: dict[str, Format] = {form.name: form for form in (GRANITE, QWEN)}
 
@@ -98,7 +99,7 @@ def choose_format(config: Any, place: str, form: str | None = None) -> Format:
     Raises:
         ValueError: there is none; says for each what prevents it.
     """
-    candidates = list(FORMATS.values()) if form is None else [FORMATS[form]]
+    candidates = list(FORMATS.values()) if form is None else [FORMATS[choose("form", form, FORMATS)]]
     reasons = []
     for candidate in candidates:
         obstacles = candidate.obstacles(config)

@@ -78,7 +78,9 @@ def mixer_heads(config: Any) -> tuple[int, int]:
 
 def _obstacles(config: Any) -> list[str]:
     found = Obstacles()
-    if not check_body(found, config, _FAMILIES, "has norms of queries and keys, or another body than a Granite"):
+    norms = geometry_of(config).qk_norm != "none"
+    why = "has norms of queries and keys" if norms else "has another body than a Granite"
+    if not check_body(found, config, _FAMILIES, why):
         return found.lines()
     fixed = {
         "conv_activation": ("silu", "SiLU follows every convolution there"),

@@ -10,7 +10,7 @@ Legend: D channels of a head, P = D / 2 pairs of channels that the rotary embedd
 import torch
 from torch import Tensor
 
-from hybridize.mixers.base import at_least_fp32
+from hybridize.ops.precision import at_least_fp32
 
 # Powers of two that are tried for a pair of channels, the smallest first.
 _SHIFTS = sorted(range(-16, 17), key=abs)

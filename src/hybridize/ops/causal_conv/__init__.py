@@ -7,7 +7,6 @@ input's channels are repeated before the convolution, as Mamba-1 with grouped x 
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -18,14 +17,13 @@ from hybridize.ops.causal_conv.checks import check_convolution, check_window
 from hybridize.ops.causal_conv.reference import causal_conv_reference
 from hybridize.ops.causal_conv.shifted import causal_conv_shifted, repeat_blocks, with_window
 from hybridize.ops.causal_conv.step import causal_conv_step, causal_conv_step_in_place
+from hybridize.ops.launch import HAS_TRITON
 
 __all__ = ["BACKENDS", "causal_conv", "causal_conv_step", "causal_conv_step_in_place"]
 
-_HAS_TRITON = find_spec("triton") is not None
-
 
 def _causal_conv_triton(*args: Tensor | None, **options: Any) -> Tensor:
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         raise ValueError("backend: 'triton' needs Triton, which is not installed; use 'shifted', or None")
     from hybridize.ops.causal_conv.triton import causal_conv_triton
 
@@ -39,7 +37,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 # The backend of each device type; others, and inputs in fp64 or without Triton, take "shifted".
-_BACKEND_OF_DEVICE: dict[str, str] = {"cuda": "triton"} if _HAS_TRITON else {}
+_BACKEND_OF_DEVICE: dict[str, str] = {"cuda": "triton"} if HAS_TRITON else {}
 
 
 def causal_conv(

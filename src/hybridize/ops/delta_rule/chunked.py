@@ -204,9 +204,10 @@ class _SolveUnitLower(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        inverse, solved = ctx.saved_tensors
-        grad_right = inverse.transpose(-1, -2) @ grad
-        return -(grad_right @ solved.transpose(-1, -2)).tril(-1), grad_right
+        with torch.autocast(grad.device.type, enabled=False):
+            inverse, solved = ctx.saved_tensors
+            grad_right = inverse.transpose(-1, -2) @ grad
+            return -(grad_right @ solved.transpose(-1, -2)).tril(-1), grad_right
 
 
 class _PassStates(torch.autograd.Function):
@@ -233,21 +234,22 @@ class _PassStates(torch.autograd.Function):
     def backward(
         ctx: Any, grad_before_NXKV: Tensor, grad_written_NXCV: Tensor, grad_state_XKV: Tensor
     ) -> tuple[Tensor, ...]:
-        bound_NXCK, k_out_NXCK, total, before_NXKV, written_NXCV = ctx.saved_tensors
-        grad_free_NXCV, grad_k_out_NXCK = torch.empty_like(written_NXCV), torch.empty_like(k_out_NXCK)
-        kept_NXK1, bound_NXKC = total.unsqueeze(-1), bound_NXCK.transpose(-1, -2)
-        sums = []
-        for n in range(len(before_NXKV) - 1, -1, -1):
-            torch.bmm(written_NXCV[n], grad_state_XKV.transpose(-1, -2), out=grad_k_out_NXCK[n])
-            sums.append((grad_state_XKV * before_NXKV[n]).sum(dim=-1))
-            grad_free = torch.baddbmm(grad_written_NXCV[n], k_out_NXCK[n], grad_state_XKV, out=grad_free_NXCV[n])
-            grad_kept = torch.addcmul(grad_before_NXKV[n], kept_NXK1[n], grad_state_XKV)
-            grad_state_XKV = torch.baddbmm(grad_kept, bound_NXKC[n], grad_free, alpha=-1)
-        grad_total = torch.stack(sums[::-1])
-        return (
-            grad_free_NXCV,
-            -(grad_free_NXCV @ before_NXKV.transpose(-1, -2)),
-            grad_k_out_NXCK,
-            grad_total if total.shape[-1] > 1 else grad_total.sum(dim=-1, keepdim=True),
-            grad_state_XKV,
-        )
+        with torch.autocast(grad_state_XKV.device.type, enabled=False):
+            bound_NXCK, k_out_NXCK, total, before_NXKV, written_NXCV = ctx.saved_tensors
+            grad_free_NXCV, grad_k_out_NXCK = torch.empty_like(written_NXCV), torch.empty_like(k_out_NXCK)
+            kept_NXK1, bound_NXKC = total.unsqueeze(-1), bound_NXCK.transpose(-1, -2)
+            sums = []
+            for n in range(len(before_NXKV) - 1, -1, -1):
+                torch.bmm(written_NXCV[n], grad_state_XKV.transpose(-1, -2), out=grad_k_out_NXCK[n])
+                sums.append((grad_state_XKV * before_NXKV[n]).sum(dim=-1))
+                grad_free = torch.baddbmm(grad_written_NXCV[n], k_out_NXCK[n], grad_state_XKV, out=grad_free_NXCV[n])
+                grad_kept = torch.addcmul(grad_before_NXKV[n], kept_NXK1[n], grad_state_XKV)
+                grad_state_XKV = torch.baddbmm(grad_kept, bound_NXKC[n], grad_free, alpha=-1)
+            grad_total = torch.stack(sums[::-1])
+            return (
+                grad_free_NXCV,
+                -(grad_free_NXCV @ before_NXKV.transpose(-1, -2)),
+                grad_k_out_NXCK,
+                grad_total if total.shape[-1] > 1 else grad_total.sum(dim=-1, keepdim=True),
+                grad_state_XKV,
+            )

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from hybridize.ops.precision import at_least_fp32
+
 L2_EPS = 1e-6
 """Added to the squared length of queries and keys before they are scaled, as the papers' kernels do."""
 
@@ -23,8 +25,8 @@ def log_decays(inputs: Tensor, A_log_H: Tensor, dt_bias: Tensor, per_channel: bo
     Returns:
         [..., H], or [..., H, K].
     """
-    rate_H = -torch.exp(_exact(A_log_H))
-    step = softplus(_exact(inputs) + _exact(dt_bias))
+    rate_H = -torch.exp(at_least_fp32(A_log_H))
+    step = softplus(at_least_fp32(inputs) + at_least_fp32(dt_bias))
     if per_channel:
         return rate_H.unsqueeze(-1) * step.unflatten(-1, (rate_H.shape[0], -1))
     return rate_H * step
@@ -32,9 +34,5 @@ def log_decays(inputs: Tensor, A_log_H: Tensor, dt_bias: Tensor, per_channel: bo
 
 def unit_length(tensor: Tensor) -> Tensor:
     """The last axis scaled to length 1, computed in fp32 at least, in the tensor's dtype."""
-    exact = _exact(tensor)
+    exact = at_least_fp32(tensor)
     return (exact * torch.rsqrt(exact.square().sum(dim=-1, keepdim=True) + L2_EPS)).to(tensor.dtype)
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

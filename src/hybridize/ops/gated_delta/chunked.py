@@ -58,13 +58,14 @@ class _DecayProducts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_between: Tensor, grad_since_start: Tensor) -> Tensor:
-        between, since_start = ctx.saved_tensors
-        # What a stretch from j + 1 to i gives goes to all tokens in it: sums over columns j < m and rows i >= m.
-        given = grad_between * between
-        ones = torch.ones_like(given[(0,) * (given.ndim - 2)])
-        before = given @ ones.triu(1)  # [..., i, m]: sum over j < m
-        before += (grad_since_start * since_start).unsqueeze(-1)
-        return before.mul_(ones.tril()).sum(dim=-2)
+        with torch.autocast(grad_between.device.type, enabled=False):
+            between, since_start = ctx.saved_tensors
+            # What a stretch from j + 1 to i gives goes to all tokens in it: sums over columns j < m and rows i >= m.
+            given = grad_between * between
+            ones = torch.ones_like(given[(0,) * (given.ndim - 2)])
+            before = given @ ones.triu(1)  # [..., i, m]: sum over j < m
+            before += (grad_since_start * since_start).unsqueeze(-1)
+            return before.mul_(ones.tril()).sum(dim=-2)
 
 
 gated_delta_rule_chunked = partial(delta_rule_chunked, _scores)

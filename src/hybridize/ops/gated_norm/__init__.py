@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from hybridize.ops.launch import is_learning, takes_kernel
+from hybridize.ops.precision import at_least_fp32
 
 __all__ = ["gated_norm"]
 
@@ -71,9 +72,9 @@ def gated_norm(
         return gated_norm_triton(*tensors, activation == "silu", width, eps, gate_first)
     gate = None
     if gate_ND is not None:
-        gate = _exact(gate_ND)
+        gate = at_least_fp32(gate_ND)
         if gate_bias_D is not None:
-            gate = gate + _exact(gate_bias_D)
+            gate = gate + at_least_fp32(gate_bias_D)
         gate = _ACTIVATIONS[activation](gate)
     if gate_first:
         gated = x_ND if gate is None else x_ND * gate
@@ -85,10 +86,6 @@ def gated_norm(
 
 def _block_rms_norm(x_ND: Tensor, weight: Tensor, width: int, eps: float) -> Tensor:
     """Divide each block of channels by the root of its mean square (arXiv 1910.07467)."""
-    exact = _exact(x_ND).unflatten(-1, (-1, width))
+    exact = at_least_fp32(x_ND).unflatten(-1, (-1, width))
     scale = torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + eps)
     return (exact * scale * weight.to(exact.dtype).unflatten(0, (-1, width))).flatten(-2).to(x_ND.dtype)
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

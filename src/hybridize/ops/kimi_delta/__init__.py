@@ -47,8 +47,8 @@ def kimi_delta_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Run the recurrence over whole sequences, several documents in a row if need be.
 
-    States and decays are in fp32, in fp64 if q is. Every tensor but `starts_BL` gets its gradient. It is stable where
-    β |k|² stays below 2.
+    States and decays are in fp32, in fp64 if q is. Every tensor but `starts_BL` gets its gradient (once). It is stable
+    where β |k|² stays below 2.
 
     Args:
         q_BLHK: queries, [B, L, H, K]; fp64, fp32, bf16 or fp16.
@@ -120,7 +120,7 @@ def kimi_delta_attention_step(
     named = (("g_BHK", g_BHK), ("beta_BH", beta_BH))
     check_step(state_BHKV, q_BHK, k_BGK, v_BGV, *named, per_channel=True)
     scale = q_BHK.shape[-1] ** -0.5 if scale is None else scale
-    if takes_kernel(q_BHK) and not is_learning(state_BHKV, q_BHK, k_BGK, v_BGV, g_BHK, beta_BH):
+    if takes_kernel(q_BHK) and q_BHK.shape[0] and not is_learning(state_BHKV, q_BHK, k_BGK, v_BGV, g_BHK, beta_BH):
         from hybridize.ops.delta_rule.triton_step import step_triton
 
         return step_triton(state_BHKV, q_BHK, k_BGK, v_BGV, g_BHK, beta_BH, scale)

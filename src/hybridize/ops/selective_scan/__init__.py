@@ -9,23 +9,21 @@ is in head c // (D/H); head h reads the B of group h // (H/G).
 """
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hybridize.ops.launch import HAS_TRITON
 from hybridize.ops.selective_scan.chunked import selective_scan_chunked
 from hybridize.ops.selective_scan.reference import selective_scan_reference
 from hybridize.ops.selective_scan.step import selective_scan_step, selective_scan_step_in_place
 
 __all__ = ["BACKENDS", "selective_scan", "selective_scan_step", "selective_scan_step_in_place"]
 
-_HAS_TRITON = find_spec("triton") is not None
-
 
 def _selective_scan_triton(*args: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    if not _HAS_TRITON:
+    if not HAS_TRITON:
         raise ValueError("backend: 'triton' needs Triton, which is not installed; use 'chunked', or None")
     from hybridize.ops.selective_scan.triton import selective_scan_triton
 
@@ -39,7 +37,7 @@ BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 
 # The backend of each device type; others, and inputs in fp64 or without Triton, take "chunked".
-_BACKEND_OF_DEVICE: dict[str, str] = {"cuda": "triton"} if _HAS_TRITON else {}
+_BACKEND_OF_DEVICE: dict[str, str] = {"cuda": "triton"} if HAS_TRITON else {}
 
 
 def selective_scan(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import silu, softplus
 
 from hybridize.ops.launch import is_learning, takes_kernel
+from hybridize.ops.precision import at_least_fp32
 from hybridize.ops.slots import check_pool, read_slots, write_slots, zero_null_rows
 
 
@@ -106,7 +107,7 @@ def selective_scan_step_in_place(
         return selective_scan_step_in_place_triton(
             pool_MDN, slot_B, x_BD, dt_BD, A_log_DN, B_BGN, C_BHN, D_D, dt_bias_D, z_BD, dt_softplus, null_slot
         )
-    A_DN = -torch.exp(A_log_DN.to(torch.promote_types(A_log_DN.dtype, torch.float32)))
+    A_DN = -torch.exp(at_least_fp32(A_log_DN))
     state_BDN = read_slots(pool_MDN, slot_B, batch)
     y_BD, new_BDN = _step(state_BDN, x_BD, dt_BD, A_DN, B_BGN, C_BHN, D_D, dt_bias_D, z_BD, dt_softplus)
     write_slots(pool_MDN, slot_B, new_BDN, null_slot)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hybridize.ops.launch import is_learning, takes_kernel
+from hybridize.ops.precision import at_least_fp32
 from hybridize.ops.slots import check_pool, read_slots, write_slots, zero_null_rows
 from hybridize.ops.ssd.step_sizes import step_sizes
 
@@ -102,7 +103,7 @@ def ssd_step_in_place(
         return ssd_step_in_place_triton(
             pool_MHPN, slot_B, x_BGP, dt_BH, A_log_H, B_BGN, C_BHN, D_H, dt_bias_H, dt_softplus, null_slot
         )
-    A_H = -torch.exp(A_log_H.to(torch.promote_types(A_log_H.dtype, torch.float32)))
+    A_H = -torch.exp(at_least_fp32(A_log_H))
     state_BHPN = read_slots(pool_MHPN, slot_B, batch)
     y_BHP, new_BHPN = _step(state_BHPN, x_BGP, dt_BH, A_H, B_BGN, C_BHN, D_H, dt_bias_H, dt_softplus)
     write_slots(pool_MHPN, slot_B, new_BHPN, null_slot)

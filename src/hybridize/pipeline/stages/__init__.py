@@ -58,10 +58,16 @@ _NOT_IN_KEY = {"name", "label", "control", "save_every", "batch_size", "rows_per
 """What may change without a stage being done anew: one that ran out of memory goes on in smaller batches."""
 
 
+_ADDED_LATER: dict[str, Any] = {"search": None, "levels": {}}
+"""Fields that stages got after results were there, with the value that says what was said without them: then they are
+left out of the key, so that those results stand."""
+
+
 def spec_for_key(stage: StageSpec) -> dict[str, Any]:
     """A stage's spec without what does not change its result, but perhaps by rounding."""
     kept = _NOT_IN_KEY - {"batch_size"} if getattr(stage, "kind", "") in ("throughput", "traces") else _NOT_IN_KEY
-    return stage.model_dump(mode="json", exclude=kept | {"data", *files_of(stage)})
+    facts = stage.model_dump(mode="json", exclude=kept | {"data", *files_of(stage)})
+    return {name: value for name, value in facts.items() if name not in _ADDED_LATER or value != _ADDED_LATER[name]}
 
 
 def reads_data(stage: StageSpec) -> bool:

@@ -104,12 +104,14 @@ def run_throughput(stage: ThroughputStage, job: Job, folder: Path) -> dict[str, 
 
 
 def throughput_of_model(stage: ThroughputStage, model_path: str, reporter: Reporter) -> dict[str, Any]:
-    """Speed of the model at a path, as the stage says."""
+    """Speed of the model at a path, as the stage says, with the CPU `threads` that it was measured with."""
+    import torch
+
     from hybridize.bench import measure_throughput
 
     model = _ready(model_path)
     with reporter.bar("generating") as advance:
-        return measure_throughput(
+        measured = measure_throughput(
             model,
             batch_size=stage.batch_size,
             prompt_tokens=stage.prompt_tokens,
@@ -117,6 +119,7 @@ def throughput_of_model(stage: ThroughputStage, model_path: str, reporter: Repor
             repeats=stage.repeats,
             on_progress=advance,
         )
+    return measured | {"threads": torch.get_num_threads()}
 
 
 def _ready(path: str) -> Any:

@@ -1,10 +1,12 @@
 """The stage that ranks layers."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hybridize.pipeline.job import Job, check_same_vocabulary, working_dtype
+from hybridize.spec.data import TracesDataSpec
 from hybridize.spec.mixers import AttentionSpec
 from hybridize.spec.stages import TEACHER, RankStage
 
@@ -56,8 +58,22 @@ def run_rank(stage: RankStage, job: Job, folder: Path) -> dict[str, Any]:
             checkpoint=stage.gradient_checkpointing,
             judge=judge,
         )
+    ranking = replace(ranking, settings={**ranking.settings, **_prints(stage, job)})
     save_ranking(ranking, folder / RANKING_FILE)
     return {"order": list(ranking.order or ()), "cost": dict(ranking.cost)}
+
+
+def _prints(stage: RankStage, job: Job) -> dict[str, str]:
+    """What identifies the teacher and the data, so that rankings over others are not taken for comparable later."""
+    from hybridize.pipeline.artifacts import digest_of, fingerprint_model
+    from hybridize.pipeline.runner import fingerprint_data
+
+    prints = {"teacher_print": fingerprint_model(job.teacher)}
+    if stage.method in _READS_ROWS:
+        data = stage.data or job.data
+        made = job.artifacts[data.stage].digest if isinstance(data, TracesDataSpec) else ""
+        prints["data_print"] = digest_of([fingerprint_data(data), made])
+    return prints
 
 
 def _judge(stage: RankStage, tokenizer: Any) -> Callable[[Any], float]:

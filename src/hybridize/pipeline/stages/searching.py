@@ -37,6 +37,13 @@ def search_for(stage: SearchStage, rankings: dict[str, Any], config: dict[str, A
     """The outcome of a search over loaded rankings, for a teacher of that config."""
     from hybridize.importance import search_layout
 
+    num_layers = int(config["num_hidden_layers"])
+    for name, ranking in rankings.items():
+        if ranking.num_layers != num_layers:
+            raise ValueError(
+                f"{name}: it ranks a model of {ranking.num_layers} layers, but the teacher has {num_layers}; rank this "
+                "teacher"
+            )
     mixers = [ranking.mixer for ranking in rankings.values()]
     if stage.gpu is None:
         where = {"context_tokens": stage.context_tokens, "concurrency": stage.concurrency}

@@ -1,6 +1,6 @@
 """Replacing attention layers."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -35,6 +35,16 @@ class ConvertStage(MixedStage):
     blocks: dict[str, MixerSpec] = Field(default_factory=dict)
     seed: int = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_mixer_beside_a_layout(cls, value: Any) -> Any:
+        # A stage that was written down whole names its default; that nobody has asked for.
+        if isinstance(value, dict) and value.get("mixer") not in (None, Mamba1Spec().model_dump(mode="json")):
+            for what in ("search", "layout"):
+                if value.get(what) is not None:
+                    raise ValueError(f"mixer: the {what} says what every layer becomes; remove mixer")
+        return value
+
     @field_validator("mixer")
     @classmethod
     def _not_attention(cls, value: MixerSpec) -> MixerSpec:
@@ -64,9 +74,6 @@ class ConvertStage(MixedStage):
             raise ValueError("give either layers, or ranking and num_layers, or search, or layout")
         if (self.ranking is None) != (self.num_layers is None):
             raise ValueError("ranking and num_layers go together; give both or neither")
-        if self.mixer != Mamba1Spec() and (self.layout is not None or self.search is not None):
-            what = "search" if self.layout is None else "layout"
-            raise ValueError(f"mixer: the {what} says what every layer becomes; remove mixer")
         if self.search is not None and self.model != TEACHER:
             raise ValueError(f"model: a search is about the teacher, not about {self.model!r}; remove model")
         if self.blocks and not isinstance(self.layout, str):
