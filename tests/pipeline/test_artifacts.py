@@ -184,3 +184,14 @@ def test_fingerprint_samples_a_large_file_and_reads_a_whole_one_when_asked(tmp_p
         stream.seek(50 << 20)
         stream.write(bytes(1 << 20))
     assert (fingerprint_model(tmp_path), fingerprint_model(tmp_path, whole=True)) == (sampled, whole)
+
+
+def test_what_a_killed_write_left_is_no_part_of_an_artifact(tmp_path):
+    def interrupted(partial):
+        write_whole(partial / "result.txt", "good")
+        (partial / ".manifest.json.tmp").write_text('{"form')
+        return {"score": 1}
+
+    made = make(tmp_path / "a", work=interrupted)
+    assert read_artifact(tmp_path / "a", "k").digest == made.digest
+    assert sorted(made.manifest["files"]) == ["result.txt"]

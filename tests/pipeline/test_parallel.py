@@ -47,12 +47,19 @@ def command(recipe: Path, jobs: int) -> list[str]:
 
 
 def start(recipe: dict, folder: Path, jobs: int = 2) -> subprocess.Popen:
-    """The command in a session of its own, so that Ctrl-C reaches it and its workers only."""
+    """The command in a session of its own, so that Ctrl-C reaches it and its workers only.
+
+    It listens to Ctrl-C even where the tests run in the background, whose processes ignore it.
+    """
+
+    def listen() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command(file, jobs), env=environment, start_new_session=True, **streams)
+    return subprocess.Popen(command(file, jobs), env=environment, start_new_session=True, preexec_fn=listen, **streams)
 
 
 def wait_for(mark: Path, process: subprocess.Popen) -> None:

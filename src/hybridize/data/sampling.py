@@ -106,7 +106,8 @@ def sample_answers(
     if temperature:
         draw = Draw(draw_uniform(keys, max_new_tokens).to(device), temperature, top_p, width)
         drawing["logits_processor"] = LogitsProcessorList([draw])
-    cache = make_cache(model.config, width + max_new_tokens)
+    config = getattr(model, "config", None)  # what else can generate makes its own cache
+    cache = None if config is None else make_cache(config, width + max_new_tokens)
     caching = {} if cache is None else {"past_key_values": cache}
     with _set_up(model):
         output = model.generate(

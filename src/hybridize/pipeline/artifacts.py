@@ -170,6 +170,8 @@ def make_artifact(
         except BaseException:
             _remove_if_hollow(partial)
             raise
+        for left in partial.rglob(".*.tmp"):  # by a write that was killed before its rename
+            left.unlink()
         files = {
             str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": fingerprint_file(file)}
             for file in sorted(partial.rglob("*"))
