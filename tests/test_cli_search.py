@@ -57,3 +57,24 @@ def test_convert_takes_a_searched_layout_with_its_sizes(tiny_teacher, tmp_path):
     Path(files[1]).write_text(json.dumps(changed))
     with pytest.raises(ValueError, match="was made from another data than"):
         RUNNER.invoke(app, ["search", str(tiny_teacher), *files, "--num", "2"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["search", "T", "R", "--scenario", "9"], "--scenario: without --gpu"),
+        (["search", "T", "R", "--gpu", "h100", "--context-tokens", "99"], "--context-tokens: with --gpu"),
+        (["search", "T", "R", "--picture", "p.jpg"], "--picture: p.jpg does not end in .png"),
+        (["search", "T", "R", "--out", "p.png", "--picture", "p.png"], "--picture: p.png is --out as well"),
+        (["plan", "--serve", "--gpu", "h200", "--config", "c.json"], "--config: it is not for plan --serve"),
+        (["plan", "--serve", "--gpu", "h200", "--tflops", "0"], "--tflops: it is not for plan --serve"),
+        (["plan", "recipes/demo.yaml", "--price-per-hour", "0"], "--price-per-hour: it is for plan --serve"),
+        (["plan", "recipes/demo.yaml", "--tflops", "0"], "--tflops: 0 is out of range"),
+        (["plan", "--serve", "--gpu", "h200", "--price-per-hour", "-3"], "--price-per-hour"),
+        (["plan", "--serve", "--memory-gib", "nan", "--bandwidth-tbs", "3"], "--memory-gib: nan is out of range"),
+        (["plan", "--serve", "--gpu", "h200", "--layout", "a=am*²"], "--layout: .*repeats"),
+    ],
+)
+def test_options_that_would_not_be_read_are_refused(command, message):
+    with pytest.raises(ValueError, match=message):
+        RUNNER.invoke(app, command, catch_exceptions=False)

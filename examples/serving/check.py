@@ -1,16 +1,14 @@
-"""Check the vLLM plugin on the machine at hand: answers equal to transformers', and speed on a 15B shape.
+"""Check the vLLM plugin on the machine at hand: answers equal to transformers', and no block is lost.
 
     python examples/serving/check.py parity                           # a pocket hybrid of every mixer
     python examples/serving/check.py logprobs                         # the same, trained, in bf16
     python examples/serving/check.py soak                             # 2,000 requests that come at random
-    python examples/serving/check.py speed '{"word": "ammmm...", "num": 120}'
 
 `parity` serves in fp32 and bf16, eager and with CUDA graphs, in a crowd and alone. `logprobs` compares the
 log-probability of each generated token with what transformers gives the same text; its `hybrid` is a folder to take in
 the place of one trained here. `soak` sends requests at random times and counts the cache's blocks before and after,
-with the answers of some of them asked again alone. `speed` serves random weights at the paper's shape, the layout as
-one letter per layer. What else is in the JSON goes to vLLM. The package must be installed, so that vLLM finds its
-plugin.
+with the answers of some of them asked again alone. What else is in the JSON goes to vLLM. The package must be
+installed, so that vLLM finds its plugin. Speed is measured by `hybridize bench serve`.
 """
 
 import gc
@@ -35,15 +33,20 @@ MODES = {
 }
 
 
+def layout_of(word: str) -> Any:
+    """A layout by its letters: `s` is a window of 16 tokens, `S` one with a sink."""
+    from hybridize.spec import LayoutSpec, SlidingWindowSpec
+
+    blocks = {"s": SlidingWindowSpec(window=16), "S": SlidingWindowSpec(window=16, sink=True)}
+    return LayoutSpec.read(word, {letter: spec for letter, spec in blocks.items() if letter in word})
+
+
 def make_hybrid(word: str, out: Path) -> None:
     """A hybrid of the pocket teacher with random mixers, strong enough to matter."""
     from hybridize.models import convert_model, load_teacher, save_hybrid
-    from hybridize.spec import LayoutSpec, SlidingWindowSpec
 
     torch.manual_seed(0)
-    blocks = {"s": SlidingWindowSpec(window=16), "S": SlidingWindowSpec(window=16, sink=True)}
-    layout = LayoutSpec.read(word, {letter: spec for letter, spec in blocks.items() if letter in word})
-    hybrid = convert_model(load_teacher(str(TEACHER), dtype=torch.float32), layout)
+    hybrid = convert_model(load_teacher(str(TEACHER), dtype=torch.float32), layout_of(word))
     with torch.no_grad():
         for name, parameter in hybrid.named_parameters():
             if ".mixer." in name and parameter.ndim == 2 and "A_log" not in name:
@@ -56,15 +59,12 @@ def train_hybrid(word: str, out: Path, steps: int) -> None:
     from transformers import AutoTokenizer
 
     from hybridize.models import load_teacher, save_hybrid
-    from hybridize.spec import LayoutSpec, SlidingWindowSpec
     from hybridize.spec.stages import DistillStage
     from hybridize.training import distill
     from hybridize.transfer import convert
 
-    blocks = {"s": SlidingWindowSpec(window=16), "S": SlidingWindowSpec(window=16, sink=True)}
-    layout = LayoutSpec.read(word, {letter: spec for letter, spec in blocks.items() if letter in word})
     teacher = load_teacher(str(TEACHER), dtype=torch.float32)
-    hybrid, _ = convert(teacher, layout)
+    hybrid, _ = convert(teacher, layout_of(word))
     stage = DistillStage(
         name="distill",
         model="convert",
@@ -245,58 +245,8 @@ def soak(options: dict) -> None:
     print(f"asked again alone, the same answer: {same} of {len(list(answers)[:: max(1, len(answers) // 20)])}")
 
 
-def speed(options: dict) -> None:
-    from transformers import MistralConfig
-    from vllm import LLM, SamplingParams
-
-    from hybridize.models import geometry_of
-    from hybridize.models.surgery import hybrid_config_of
-    from hybridize.spec import LayoutSpec
-
-    word = options.pop("word", "ammmm" * 10)
-    num, length, tokens = options.pop("num", 120), options.pop("length", 1024), options.pop("tokens", 256)
-    config = MistralConfig(
-        vocab_size=131072,
-        hidden_size=5120,
-        intermediate_size=14336,
-        num_hidden_layers=len(word),
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=65536,
-        rms_norm_eps=1e-5,
-        sliding_window=None,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
-    )
-    folder = Path(tempfile.mkdtemp())
-    hybrid_config_of(config, LayoutSpec.read(word).resolve(geometry_of(config))).save_pretrained(folder)
-    settings = {
-        "load_format": "dummy",
-        "dtype": "bfloat16",
-        "skip_tokenizer_init": True,
-        "enable_prefix_caching": False,
-        "max_num_seqs": num,
-        "max_model_len": length + tokens + 16,
-        "disable_log_stats": False,
-        "compilation_config": {"cudagraph_capture_sizes": [num]},
-    }
-    llm = LLM(str(folder), **settings | options)
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    asked = [{"prompt_token_ids": [17 + number] * length} for number in range(num)]
-    llm.generate(asked[:2], SamplingParams(max_tokens=4, ignore_eos=True, detokenize=False), use_tqdm=False)
-    began = time.perf_counter()
-    outputs = llm.generate(asked, params, use_tqdm=False)
-    seconds = time.perf_counter() - began
-    all_began = max(output.metrics.first_token_ts for output in outputs)
-    ended = max(output.metrics.last_token_ts for output in outputs)
-    step = 1e3 * (ended - all_began) / (tokens - 1)
-    rate = f"{num * tokens / seconds:,.0f} tokens/s, {step:.1f} ms a step"
-    print(f"{word}: {num} x {length}+{tokens}: {seconds:.1f} s, {rate}")
-
-
 if __name__ == "__main__":
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    verb = {"parity": parity, "logprobs": logprobs, "soak": soak, "speed": speed}[sys.argv[1]]
+    verb = {"parity": parity, "logprobs": logprobs, "soak": soak}[sys.argv[1]]
     verb(json.loads(sys.argv[2]) if len(sys.argv) > 2 else {})

@@ -377,3 +377,9 @@ def test_cases_leave_no_parameter_at_a_value_that_hides_errors(tmp_path):
     for family, word in (("llama", "a2"), ("qwen3", "ag")):
         tensors = load_file(save_case(tmp_path / family, family, word, attention_bias=False) / "model.safetensors")
         assert all(tensor.std() > 0.02 for tensor in tensors.values())
+
+
+def test_an_unknown_format_is_named(tmp_path):
+    source = save_case(tmp_path / "hybrid", "llama", "a2")
+    with pytest.raises(ValueError, match=r"'bamba' is unknown; use one of granite-hybrid, qwen3\.5"):
+        export_native(source, tmp_path / "out", "bamba")

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 
@@ -17,7 +18,7 @@ from hybridize.pipeline.artifacts import read_artifact
 from hybridize.pipeline.parallel import _Plan
 from hybridize.pipeline.progress import Reporter
 from hybridize.pipeline.runner import run_recipe
-from hybridize.pipeline.worker import Failed
+from hybridize.pipeline.worker import Failed, _threads_for
 from hybridize.spec.base import StoppedError
 from hybridize.spec.recipe import parse_recipe
 from hybridize.spec.stages import ConvertStage, EvaluateStage, ReportStage, ThroughputStage
@@ -285,3 +286,14 @@ def test_a_damaged_result_is_named_and_harms_no_other(branches):
     with pytest.raises(ValueError, match=r"left/model\.safetensors: was truncated or edited.*remove"):
         run_recipe(parse_recipe(branches), QUIET, jobs=2)
     assert read_artifact(run / "right") is not None
+
+
+def test_speed_is_measured_with_all_threads_and_the_rest_is_not():
+    stages = ThroughputStage(name="speed", model="teacher"), ReportStage(name="report")
+    run = SimpleNamespace(all_threads=torch.get_num_threads() + 1)
+    seen = []
+    for stage in stages:
+        with _threads_for(stage, run):
+            seen.append(torch.get_num_threads())
+    assert seen == [run.all_threads, run.all_threads - 1]
+    assert torch.get_num_threads() == run.all_threads - 1

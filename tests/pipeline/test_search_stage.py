@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -121,3 +122,11 @@ def test_search_by_predicted_speed_says_what_it_reckoned_with(searched):
     found = json.loads((run / "search" / "search.json").read_text())
     assert found["cost_unit"] == "predicted seconds a token in vLLM on one l40s, 64 -> 1k tokens"
     assert 0 < found["chosen"]["cost"] < 1e-3
+
+
+def test_a_ranking_of_another_model_is_refused(searched):
+    from hybridize.pipeline.stages.searching import search_for
+
+    other = SimpleNamespace(num_layers=16)
+    with pytest.raises(ValueError, match=r"far.json: it ranks a model of 16 layers, but the teacher has 4; rank this"):
+        search_for(None, {"far.json": other}, {"num_hidden_layers": 4})

@@ -3,21 +3,23 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from hybridize.bench.prediction import GPUS
+from hybridize.bench.prediction import GPUS, UNCACHED_SEQUENCES
 from hybridize.bench.scenarios import SHAPES, Scenario
 from hybridize.pipeline.planning import read_teacher_config
 from hybridize.pipeline.serving_cost import (
-    _state_bytes,
+    LayerSizes,
     plan_serving,
     read_gpu,
     read_serving_teacher,
     served_shape,
 )
-from hybridize.spec.mixers import MIXER_TYPES, AttentionGeometry
+from hybridize.pipeline.sizes import TeacherShape
+from hybridize.spec.mixers import MIXER_TYPES
 
 STATEFUL = ("mamba1", "mamba2", "gated_delta_net", "kimi_delta_attention")
 
@@ -28,11 +30,12 @@ def test_state_has_the_size_of_its_page_in_vllms_cache(kind, ssm):
     from hybridize.mixers import build_mixer
     from hybridize.serving.pages import StatePage
 
-    geometry = AttentionGeometry(hidden_size=96, num_heads=6, num_kv_heads=2, head_dim=16)
-    spec = MIXER_TYPES[kind]().resolve(geometry)
+    sizes = {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16}
+    config = sizes | {"num_hidden_layers": 1, "intermediate_size": 1, "vocab_size": 1}
+    spec = MIXER_TYPES[kind]().resolve(TeacherShape.of(config).geometry)
     shapes = build_mixer(spec, 96).state_shapes(1)
     page = StatePage.of(shapes, getattr(torch, ssm), torch.bfloat16)
-    assert _state_bytes(spec, geometry, 2, {"float32": 4, "bfloat16": 2}[ssm]) == page.num_bytes
+    assert LayerSizes(config, state_dtype=ssm).of(spec).states == (page.num_bytes,)
 
 
 def test_weights_are_those_of_the_model(tiny_teacher):
@@ -148,3 +151,14 @@ def test_command_names_what_is_missing(words, message):
     done = command(*words)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_a_model_too_large_and_one_without_a_cache_are_told_apart():
+    config = dict(SHAPES["apriel-15b"])
+    small = replace(GPUS["h200"], memory=10e9)
+    plan = plan_serving(config, {"teacher": "a" * 50}, small, [Scenario(1, 1024)])
+    assert plan.rows[0][2].sequences == 0
+    assert plan.warnings == ("teacher: weights 29.9 GB do not fit in 9.0 GB",)
+    empty = plan_serving(config, {"none": "i" * 50}, GPUS["h200"], [Scenario(1, 1024)])
+    assert empty.rows[0][2].sequences == UNCACHED_SEQUENCES
+    assert not empty.warnings

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from hybridize.bench.scenarios import Scenario
+from hybridize.spec.cache_groups import group_layers
 
 GB = 1e9
 MANY_GROUPS = 6
@@ -147,12 +148,11 @@ class CachePlan:
             layers["state"] = len(shape.states)
         if not layers:
             return cls({}, 0, alignment, 0)
-        fewest, most = min(layers.values()), max(layers.values())
-        size = most if most < 1.5 * fewest else fewest
+        size, kinds = group_layers(layers)
         state = max(shape.states, default=0)
         block = alignment * max(1, -(-state // (alignment * shape.kv_bytes)))
         page = block * shape.kv_bytes if shape.windows else state
-        return cls({kind: -(-count // size) for kind, count in layers.items()}, size, block, page)
+        return cls(kinds, size, block, page)
 
     @property
     def groups(self) -> int:

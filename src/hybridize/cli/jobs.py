@@ -74,7 +74,7 @@ def plan(
     }
     unused = {"--config": config, "--tflops": tflops} if serve else serving if recipe is not None else {}
     for option, value in unused.items():
-        if value:
+        if value is not None:
             raise ValueError(f"{option}: it is {'not for' if serve else 'for'} plan --serve; leave it out")
     if serve:
         if recipe is not None:
@@ -90,6 +90,8 @@ def plan(
             price_per_hour,
         )
         return
+    if tflops is not None and not tflops > 0:
+        raise ValueError(f"--tflops: {tflops:g} is out of range; use more than 0")
     if recipe is None:
         raise ValueError("plan: the recipe is missing; give a YAML file, or --serve to plan serving")
     from hybridize.pipeline.planning import TeacherShape, plan_recipe, read_teacher_config
@@ -104,7 +106,7 @@ def plan(
     typer.echo(
         f"{spec.name}: teacher {spec.teacher}, {shape.parameters / 1e6:,.1f}M parameters, {shape.num_layers} layers"
     )
-    _print(_plan_table(plan_recipe(spec, shape), tflops or 400.0))
+    _print(_plan_table(plan_recipe(spec, shape), 400.0 if tflops is None else tflops))
 
 
 def report(

@@ -92,9 +92,8 @@ def _print(result: Any) -> None:
     table = Table(Column("layout", overflow="fold"), caption=caption)
     for column in ("replaced", "cost", "x cheaper", "KV groups", f"predicted loss\n{result.unit}"):
         table.add_column(column, justify="right")
-    best = {
-        found.num_replaced: found for found in result.frontier
-    }  # from the cheapest upwards, so the least loss stays
+    # The frontier goes from the cheapest upwards, so of each number of layers the least loss stays.
+    best = {found.num_replaced: found for found in result.frontier}
     for found in sorted({result.chosen, *best.values()}, key=lambda found: -found.cost):
         table.add_row(
             f"[bold]{found.layout}[/bold]" if found == result.chosen else found.layout,

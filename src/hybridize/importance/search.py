@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from hybridize.spec.cache_groups import group_layers
 from hybridize.spec.mixers import AttentionSpec, IdentitySpec, MixerSpec, SlidingWindowSpec
 
 EXACT_CELLS = 50_000_000
@@ -177,9 +178,8 @@ def lead(points: Sequence[Point], others: Sequence[Point]) -> list[float]:
 def kv_groups(counts: Sequence[int], mixers: Sequence[MixerSpec]) -> int:
     """Groups that vLLM's cache is cut into: each is worked on at every step.
 
-    Layers are of three kinds: attention, windows of one length, mixers with a state; `identity` keeps nothing. Each
-    kind is cut into groups of as many layers as the smallest kind has, or as the largest where that is less than half
-    as large again (vLLM 0.26 to 0.32).
+    Layers are of three kinds: attention, windows of one length, mixers with a state; `identity` keeps nothing. How they
+    are cut: `hybridize.spec.cache_groups`.
 
     Args:
         counts: layers that are attention, then those of each mixer.
@@ -187,15 +187,11 @@ def kv_groups(counts: Sequence[int], mixers: Sequence[MixerSpec]) -> int:
     """
     kinds: dict[object, int] = {}
     for spec, count in zip((AttentionSpec(), *mixers), counts, strict=True):
-        if count and not isinstance(spec, IdentitySpec):
+        if not isinstance(spec, IdentitySpec):
             is_attention = isinstance(spec, AttentionSpec)
             kind = None if is_attention else spec.window if isinstance(spec, SlidingWindowSpec) else "state"
             kinds[kind] = kinds.get(kind, 0) + count
-    if not kinds:
-        return 0
-    fewest, most = min(kinds.values()), max(kinds.values())
-    size = most if most < 1.5 * fewest else fewest
-    return sum(-(-count // size) for count in kinds.values())
+    return sum(group_layers(kinds)[1].values())
 
 
 def best_of_counts(increases: Increases) -> Iterator[tuple[int, ...]]:

@@ -11,7 +11,7 @@ from hybridize.pipeline.planning import read_teacher_config
 from hybridize.pipeline.sizes import TeacherShape, mixer_parameters, state_numbers
 from hybridize.spec.base import choose
 from hybridize.spec.layout import LayoutSpec
-from hybridize.spec.mixers import AttentionGeometry, AttentionSpec, IdentitySpec, MixerSpec, SlidingWindowSpec
+from hybridize.spec.mixers import AttentionSpec, IdentitySpec, MixerSpec, SlidingWindowSpec
 
 _STATE_DTYPES = {"float32": 4, "bfloat16": 2}
 
@@ -45,39 +45,72 @@ def served_shape(
         ValueError: a letter stands for nothing, or a mixer's sizes do not fit the teacher's.
     """
     choose("--state-dtype", state_dtype, _STATE_DTYPES)
-    shape = TeacherShape.of(config)
-    geometry = shape.geometry
-    layers = LayoutSpec.read(word, place=place).resolve(geometry, place).layers
-    change = sum(mixer_parameters(spec, shape) - shape.attention_parameters for spec in layers)
-    own_window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    windows = [spec.window if isinstance(spec, SlidingWindowSpec) else own_window for spec in layers if _attends(spec)]
-    ssm_bytes = _STATE_DTYPES[state_dtype]
-    states = [_state_bytes(spec, geometry, dtype_bytes, ssm_bytes) for spec in layers if _has_state(spec)]
-    embedding = 0 if shape.tied else shape.vocab_size * geometry.hidden_size
-    return ServedShape(
-        weight_bytes=dtype_bytes * (shape.parameters + change),
-        read_bytes=dtype_bytes * (shape.parameters + change - embedding),
-        flops_per_token=2.0 * (shape.active_parameters + change),
-        score_flops=4.0 * geometry.query_width,
-        activation_bytes=3 * dtype_bytes * (shape.intermediate_size + geometry.hidden_size),
-        kv_bytes=2 * dtype_bytes * geometry.kv_width,
-        windows=tuple(windows),
-        states=tuple(states),
-    )
+    sizes = LayerSizes(config, dtype_bytes, state_dtype)
+    layers = LayoutSpec.read(word, place=place).resolve(sizes.teacher.geometry, place).layers
+    return sizes.together([(1, sizes.of(spec)) for spec in layers])
 
 
-def _attends(spec: MixerSpec) -> bool:
-    return isinstance(spec, AttentionSpec | SlidingWindowSpec)
+@dataclass(frozen=True)
+class LayerSize:
+    """What one layer adds to a served model.
+
+    Attributes:
+        parameters: beyond those of the teacher's attention.
+        windows: its window's tokens, None for the whole context; empty if it does not attend.
+        states: bytes of its state as it lies in vLLM's cache, where each of its two parts is rounded up to 64 bytes;
+            empty if it has none.
+    """
+
+    parameters: int
+    windows: tuple[int | None, ...] = ()
+    states: tuple[int, ...] = ()
 
 
-def _has_state(spec: MixerSpec) -> bool:
-    return not isinstance(spec, AttentionSpec | SlidingWindowSpec | IdentitySpec)
+class LayerSizes:
+    """The sizes of a teacher's layers, and of models made of such layers.
 
+    Args:
+        config: the teacher's.
+        dtype_bytes: of weights, keys, values and a convolution's inputs.
+        state_dtype: in which the recurrences' states are kept.
+    """
 
-def _state_bytes(spec: MixerSpec, geometry: AttentionGeometry, conv_bytes: int, ssm_bytes: int) -> int:
-    """Bytes of a mixer's state as it lies in vLLM's cache, where each of its two parts is rounded up to 64 bytes."""
-    recurrence, convolution = state_numbers(spec, geometry)
-    return sum(-(-part // 64) * 64 for part in (recurrence * ssm_bytes, convolution * conv_bytes))
+    def __init__(self, config: Mapping[str, Any], dtype_bytes: int = 2, state_dtype: str = "float32") -> None:
+        self.teacher, self.dtype_bytes = TeacherShape.of(config), dtype_bytes
+        self.state_bytes = _STATE_DTYPES[state_dtype]
+        self.own_window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+
+    def of(self, spec: MixerSpec) -> LayerSize:
+        """The sizes of a layer with a mixer."""
+        beyond = mixer_parameters(spec, self.teacher) - self.teacher.attention_parameters
+        match spec:
+            case AttentionSpec():
+                return LayerSize(beyond, (self.own_window,))
+            case SlidingWindowSpec():
+                return LayerSize(beyond, (spec.window,))
+            case IdentitySpec():
+                return LayerSize(beyond)
+        recurrence, convolution = state_numbers(spec, self.teacher.geometry)
+        parts = recurrence * self.state_bytes, convolution * self.dtype_bytes
+        return LayerSize(beyond, (), (sum(-(-part // 64) * 64 for part in parts),))
+
+    def together(self, layers: Iterable[tuple[int, LayerSize]]) -> ServedShape:
+        """The sizes of a model that has so many layers of each of some sizes."""
+        layers = tuple(layers)
+        shape, dtype_bytes = self.teacher, self.dtype_bytes
+        geometry = shape.geometry
+        beyond = sum(count * layer.parameters for count, layer in layers)
+        embedding = 0 if shape.tied else shape.vocab_size * geometry.hidden_size
+        return ServedShape(
+            weight_bytes=dtype_bytes * (shape.parameters + beyond),
+            read_bytes=dtype_bytes * (shape.parameters + beyond - embedding),
+            flops_per_token=2.0 * (shape.active_parameters + beyond),
+            score_flops=4.0 * geometry.query_width,
+            activation_bytes=3 * dtype_bytes * (shape.intermediate_size + geometry.hidden_size),
+            kv_bytes=2 * dtype_bytes * geometry.kv_width,
+            windows=tuple(window for count, layer in layers for window in layer.windows * count),
+            states=tuple(state for count, layer in layers for state in layer.states * count),
+        )
 
 
 @dataclass(frozen=True)
