@@ -63,11 +63,12 @@ def start(recipe: dict, folder: Path, jobs: int = 2) -> subprocess.Popen:
     return subprocess.Popen(command(file, jobs), env=environment, start_new_session=True, preexec_fn=listen, **streams)
 
 
-def wait_for(mark: Path, process: subprocess.Popen) -> None:
+def wait_for_step(training: Path, step: int, process: subprocess.Popen) -> None:
+    """Wait until a training has a checkpoint of a step or of a later one: old ones are removed."""
     deadline = time.monotonic() + 120
-    while not mark.exists():
+    while not any(int(mark.name.split("-")[1]) >= step for mark in training.glob("checkpoints/checkpoint-*")):
         assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline, f"{mark} never appeared"
+        assert time.monotonic() < deadline, f"{training} has no checkpoint of step {step}"
         time.sleep(0.005)
 
 
@@ -160,7 +161,7 @@ def test_a_killed_worker_costs_its_own_stage_only_and_the_next_run_goes_on(branc
     branches["stages"][2]["steps"] = 16
     run = Path(branches["output"])
     process = start(branches, tmp_path)
-    wait_for(run / ".distill-left.partial" / "checkpoints" / "checkpoint-3", process)
+    wait_for_step(run / ".distill-left.partial", 3, process)
     os.kill(json.loads((run / ".distill-left.lock").read_text())["process"], signal.SIGKILL)
     out, error = process.communicate(timeout=200)
     assert process.returncode == 1, (out, error)
@@ -184,7 +185,7 @@ def test_the_end_of_a_run_is_the_end_of_all_its_processes(branches, tmp_path, ho
     run = Path(branches["output"])
     process = start(branches, tmp_path)
     for name in ("left", "right"):
-        wait_for(run / f".distill-{name}.partial" / "checkpoints" / "checkpoint-2", process)
+        wait_for_step(run / f".distill-{name}.partial", 2, process)
     assert len(members(process.pid)) >= 3
     if how == "Ctrl-C":
         os.killpg(process.pid, signal.SIGINT)
