@@ -270,7 +270,7 @@ def test_a_long_plain_text_comes_in_pieces_of_whole_lines(tmp_path):
             lzma.compress(b"text " * 1000)[:-20],
             r"a\.txt\.xz: it cannot be read to its end .*fetch it again",
         ),
-        ("a.txt.gz", gzip.compress(b"text " * 1000)[:-20], r"a\.txt\.gz: it cannot be read to its end"),
+        ("a.txt.gz", gzip.compress(b"text " * 1000, mtime=0)[:-20], r"a\.txt\.gz: it cannot be read to its end"),
         ("a.txt.xz", b"text", r"a\.txt\.xz: it cannot be read to its end"),
         ("a.txt.gz", b"text", r"a\.txt\.gz: it cannot be read to its end"),
     ],
