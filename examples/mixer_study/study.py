@@ -175,8 +175,11 @@ def num_tokens_of(budget: tuple[int, int]) -> int:
 
 
 def _worker(
-    tasks: "multiprocessing.Queue", results: "multiprocessing.Queue", out: Path, budget: tuple[int, int]
+    turn: int, tasks: "multiprocessing.Queue", results: "multiprocessing.Queue", out: Path, budget: tuple[int, int]
 ) -> None:
+    from hybridize.pipeline.gpus import take_gpu
+
+    take_gpu(turn)
     while (task := tasks.get()) is not None:
         name, seed = task
         try:
@@ -205,7 +208,7 @@ def run(out: Path, workers: int, budget: tuple[int, int], seeds: tuple[int, ...]
         tasks.put(task)
     for _ in range(workers):
         tasks.put(None)
-    processes = [context.Process(target=_worker, args=(tasks, results, out, budget)) for _ in range(workers)]
+    processes = [context.Process(target=_worker, args=(turn, tasks, results, out, budget)) for turn in range(workers)]
     for process in processes:
         process.start()
     with (out / "trials.jsonl").open("a") as file:

@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from hybridize.pipeline.artifacts import read_artifact
-from hybridize.pipeline.parallel import _Plan
+from hybridize.pipeline.parallel import _Crew, _Plan
 from hybridize.pipeline.progress import Reporter
 from hybridize.pipeline.runner import run_recipe
 from hybridize.pipeline.worker import Failed, _threads_for
@@ -257,6 +257,27 @@ def test_no_more_stages_are_under_way_than_there_are_jobs(jobs):
     for stage in plan.stages:
         for name in stage.inputs:
             assert order.index(f"-{name}") < order.index(f"+{stage.name}")
+
+
+def test_a_new_process_takes_the_turn_that_is_free(monkeypatch):
+    turns = []
+
+    class Context:
+        Pipe = staticmethod(lambda: (SimpleNamespace(), SimpleNamespace(close=lambda: None)))
+
+        @staticmethod
+        def Process(target, args, daemon):
+            turns.append(args[-1])
+            return SimpleNamespace(start=lambda: None)
+
+    monkeypatch.setattr("hybridize.pipeline.parallel.get_context", lambda kind: Context)
+    crew = _Crew(run=None, jobs=3)
+    first, second, _ = (crew._hire() for _ in range(3))
+    crew.workers.remove(second)
+    crew._hire()
+    crew.workers.remove(first)
+    crew._hire()
+    assert turns == [0, 1, 2, 1, 0]
 
 
 def test_what_failed_is_told_with_what_could_not_be_done():

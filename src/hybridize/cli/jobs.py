@@ -13,7 +13,9 @@ from hybridize.cli.options import RecipeArgument
 
 def run(
     recipe: RecipeArgument,
-    jobs: Annotated[int, typer.Option(help="Stages done at a time, each in a process of its own.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(help="Stages done at a time, each in a process of its own; these take turns at the GPUs.")
+    ] = 1,
 ) -> None:
     """Do a whole job: every stage of a recipe, going on where a killed run stopped."""
     from hybridize.pipeline.collecting import collect

@@ -2,7 +2,7 @@
 
 A pocket-sized model keeps a GPU busy for a fraction of a step only, so that several stages share it well. What a stage
 makes is the same as in a row; only its lines come between those of others. Measurements of speed are done with nothing
-beside them, when all else is waiting for them or done.
+beside them, when all else is waiting for them or done. On a machine of several GPUs, the processes take turns at them.
 """
 
 import os
@@ -158,10 +158,11 @@ class _Plan:
 
 @dataclass
 class _Worker:
-    """A process, and the pipe to it."""
+    """A process, the pipe to it, and its number, which no other one has while it lives."""
 
     process: Any
     pipe: Connection
+    turn: int
     stage: Any = None
 
 
@@ -187,7 +188,9 @@ class _Crew:
     def _hire(self) -> _Worker:
         context = get_context("spawn")
         mine, its = context.Pipe()
-        process = context.Process(target=work, args=(its, self.run), daemon=False)
+        taken = {worker.turn for worker in self.workers}
+        turn = next(number for number in range(len(taken) + 1) if number not in taken)
+        process = context.Process(target=work, args=(its, self.run, turn), daemon=False)
         # Ctrl-C reaches all processes of a terminal. One that is still importing must not answer with a traceback.
         can_ignore = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if can_ignore else None
@@ -197,7 +200,7 @@ class _Crew:
             if can_ignore:
                 signal.signal(signal.SIGINT, before)
         its.close()
-        self.workers.append(_Worker(process, mine))
+        self.workers.append(_Worker(process, mine, turn))
         return self.workers[-1]
 
     def hear(self) -> list[tuple[Any, Any]]:
