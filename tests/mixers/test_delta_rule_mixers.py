@@ -1,60 +1,26 @@
-"""The mixers with a delta rule: the papers' formulas, packing, padding, state, initialisation."""
+"""The mixers with a delta rule: the papers' formulas, parameters, precision, initialisation, wrong arguments."""
 
 import math
-import time
 from typing import Any
 
 import pytest
 import torch
+from delta_rule_mixer_inputs import (
+    EVERYTHING,
+    EXACT,
+    GEOMETRY,
+    HIDDEN,
+    SPECS,
+    both_kinds,
+    make_full_mixer,
+    make_hidden,
+    make_mixer,
+)
 from torch import Tensor
 
 from hybridize.mixers import GatedDeltaNetMixer, KimiDeltaAttentionMixer, MixerState, build_mixer
 from hybridize.mixers.delta_rule import DeltaRuleMixer
-from hybridize.spec.mixers import AttentionGeometry, DeltaRuleSpec, GatedDeltaNetSpec, KimiDeltaAttentionSpec
-
-HIDDEN = 20
-GEOMETRY = AttentionGeometry(hidden_size=HIDDEN, num_heads=4, num_kv_heads=2, head_dim=6)
-EVERYTHING = AttentionGeometry(
-    **GEOMETRY.model_dump(exclude={"qkv_bias", "output_bias", "qk_norm", "norm_eps"}),
-    qkv_bias=True,
-    output_bias=True,
-    qk_norm="head",
-    norm_eps=1e-3,
-)
-EXACT = {"rtol": 1e-10, "atol": 1e-11}
-SPECS: dict[str, type[DeltaRuleSpec]] = {"gated": GatedDeltaNetSpec, "kimi": KimiDeltaAttentionSpec}
-
-both_kinds = pytest.mark.parametrize("kind", list(SPECS))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_but_reported_seed() -> None:
-    seed = time.time_ns() % 2**31
-    torch.manual_seed(seed)
-    print(f"seed {seed}")  # pytest shows it when the test fails
-
-
-def make_mixer(
-    kind: str, dtype: torch.dtype = torch.float64, geometry: AttentionGeometry = GEOMETRY, **changes: Any
-) -> DeltaRuleMixer:
-    if kind == "kimi":
-        changes = {"gate_rank": 3} | changes
-    mixer = build_mixer(SPECS[kind](**changes).resolve(geometry), HIDDEN, initializer_range=0.5)
-    assert isinstance(mixer, DeltaRuleMixer)
-    with torch.no_grad():  # away from the special values of the constructor
-        for parameter in mixer.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.5)
-    return mixer.to(dtype)
-
-
-def make_full_mixer(kind: str, dtype: torch.dtype = torch.float64, **changes: Any) -> DeltaRuleMixer:
-    """With every bias and norm there is."""
-    return make_mixer(kind, dtype, EVERYTHING, gate_bias=True, **changes)
-
-
-def make_hidden(length: int, batch: int = 2) -> Tensor:
-    return torch.randn(batch, length, HIDDEN, dtype=torch.float64)
+from hybridize.spec.mixers import AttentionGeometry
 
 
 def rms(tensor: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -190,160 +156,6 @@ def test_parameters_have_the_agreed_names_and_shapes() -> None:
 
 
 @both_kinds
-@pytest.mark.parametrize("first", [1, 2, 30])
-def test_decode_steps_equal_the_whole_sequence(kind: str, first: int) -> None:
-    mixer = make_full_mixer(kind)
-    hidden_BLE = make_hidden(40)
-    whole, end = mixer(hidden_BLE, return_state=True)
-    out, state = mixer(hidden_BLE[:, :first], return_state=True)
-    pieces = [out]
-    for t in range(first, 40):
-        out, state = mixer(hidden_BLE[:, t : t + 1], state=state, return_state=True)
-        pieces.append(out)
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, **EXACT)
-    torch.testing.assert_close(state, end, **EXACT)
-    shapes = {name: tuple(getattr(state, name).shape) for name in ("conv", "ssm")}
-    assert shapes == mixer.state_shapes(2)
-
-
-@both_kinds
-@pytest.mark.parametrize("cuts", [(1,), (2, 3, 5), (33,), (10, 20, 21)])
-def test_chunked_prefill_equals_the_whole_sequence(kind: str, cuts: tuple[int, ...]) -> None:
-    mixer = make_full_mixer(kind)
-    hidden_BLE = make_hidden(40)
-    whole, end = mixer(hidden_BLE, return_state=True)
-    state, pieces = None, []
-    for begin, stop in zip((0, *cuts), (*cuts, 40), strict=True):
-        out, state = mixer(hidden_BLE[:, begin:stop], state=state, return_state=True)
-        pieces.append(out)
-    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, **EXACT)
-    torch.testing.assert_close(state, end, **EXACT)
-
-
-def packed_starts(lengths: list[int]) -> Tensor:
-    starts_BL = torch.zeros(1, sum(lengths), dtype=torch.bool)
-    starts_BL[0, [sum(lengths[:i]) for i in range(len(lengths))]] = True
-    return starts_BL
-
-
-@both_kinds
-@pytest.mark.parametrize("lengths", [[7, 1, 2, 3, 80, 4], [1] * 9, [50, 50]], ids=str)
-def test_packed_documents_equal_separate_ones_with_gradients(kind: str, lengths: list[int]) -> None:
-    mixer = make_full_mixer(kind)
-    documents = [make_hidden(length, batch=1) for length in lengths]
-    weights = [torch.randn_like(document) for document in documents]
-    packed, end = mixer(torch.cat(documents, dim=1), starts_BL=packed_starts(lengths), return_state=True)
-    outs = [mixer(document, return_state=True) for document in documents]
-    torch.testing.assert_close(packed, torch.cat([out for out, _ in outs], dim=1), **EXACT)
-    torch.testing.assert_close(end, outs[-1][1], **EXACT)
-    parameters = list(mixer.parameters())
-    got = torch.autograd.grad((packed * torch.cat(weights, dim=1)).sum(), parameters)
-    value = sum((out * weight).sum() for (out, _), weight in zip(outs, weights, strict=True))
-    torch.testing.assert_close(got, torch.autograd.grad(value, parameters), rtol=1e-8, atol=1e-9)
-
-
-@both_kinds
-def test_no_gradient_crosses_a_document_boundary(kind: str) -> None:
-    mixer = make_full_mixer(kind)
-    hidden_BLE = make_hidden(30, batch=1).requires_grad_()
-    out, _ = mixer(hidden_BLE, starts_BL=packed_starts([13, 17]))
-    (grad,) = torch.autograd.grad(out[:, 13:].square().sum(), hidden_BLE)
-    assert torch.equal(grad[:, :13], torch.zeros_like(grad[:, :13]))
-    assert (grad[:, 13:] != 0).all()
-
-
-@both_kinds
-@pytest.mark.parametrize("length", [1, 5])
-def test_a_start_forgets_the_given_state(kind: str, length: int) -> None:
-    mixer = make_full_mixer(kind)
-    _, state = mixer(make_hidden(11), return_state=True)
-    hidden_BLE = make_hidden(length)
-    starts_BL = torch.zeros(2, length, dtype=torch.bool)
-    starts_BL[1, 0] = True
-    out, end = mixer(hidden_BLE, starts_BL=starts_BL, state=state, return_state=True)
-    fresh, fresh_end = mixer(hidden_BLE, return_state=True)
-    torch.testing.assert_close(out[1], fresh[1], **EXACT)
-    assert not torch.allclose(out[0], fresh[0])
-    for got, expected in zip(end, fresh_end, strict=True):
-        torch.testing.assert_close(got[1], expected[1], **EXACT)
-
-
-@both_kinds
-@pytest.mark.parametrize("num_padding", [1, 3, 20])
-def test_left_padding_changes_nothing(kind: str, num_padding: int) -> None:
-    mixer = make_full_mixer(kind)
-    long, short = make_hidden(25, batch=1), make_hidden(25 - num_padding, batch=1)
-    rubbish = torch.full((1, num_padding, HIDDEN), float("nan"), dtype=torch.float64)
-    batch = torch.cat([long, torch.cat([rubbish, short], dim=1)])
-    valid_BL = torch.ones(2, 25, dtype=torch.bool)
-    valid_BL[1, :num_padding] = False
-    out, state = mixer(batch, valid_BL=valid_BL, return_state=True)
-    for row, alone in ((0, long), (1, short)):
-        expected, expected_state = mixer(alone, return_state=True)
-        torch.testing.assert_close(out[row, -alone.shape[1] :], expected[0], **EXACT)
-        for got, want in zip(state, expected_state, strict=True):
-            torch.testing.assert_close(got[row], want[0], **EXACT)
-    grads = torch.autograd.grad(out[valid_BL].sum(), list(mixer.parameters()))
-    assert all(torch.isfinite(grad).all() for grad in grads)
-
-
-@both_kinds
-def test_a_row_of_padding_leaves_the_state_at_zero(kind: str) -> None:
-    mixer = make_full_mixer(kind)
-    _, state = mixer(make_hidden(6), valid_BL=torch.zeros(2, 6, dtype=torch.bool), return_state=True)
-    for tensor in state:
-        assert torch.equal(tensor, torch.zeros_like(tensor))
-
-
-@both_kinds
-def test_padding_lets_the_state_of_the_recurrence_be(kind: str) -> None:
-    mixer = make_full_mixer(kind)
-    hidden_BLE = make_hidden(12)
-    valid_BL = torch.ones(2, 12, dtype=torch.bool)
-    valid_BL[1, 7:] = False
-    out, state = mixer(hidden_BLE, valid_BL=valid_BL, return_state=True)
-    expected, end = mixer(hidden_BLE[:, :7], return_state=True)
-    torch.testing.assert_close(out[1, :7], expected[1], **EXACT)
-    torch.testing.assert_close(state.ssm[1], end.ssm[1], **EXACT)
-
-
-@both_kinds
-def test_a_padded_decode_step_leaves_the_state(kind: str) -> None:
-    mixer = make_full_mixer(kind)
-    _, state = mixer(make_hidden(6), return_state=True)
-    valid_BL = torch.tensor([[True], [False]])
-    hidden_BLE = make_hidden(1)
-    _, new = mixer(hidden_BLE, valid_BL=valid_BL, state=state, return_state=True)
-    _, free = mixer(hidden_BLE, state=state, return_state=True)
-    for got, before, moved in zip(new, state, free, strict=True):
-        torch.testing.assert_close(got[1], before[1], **EXACT)
-        torch.testing.assert_close(got[0], moved[0], **EXACT)
-        assert not torch.allclose(got[0], before[0])
-
-
-@both_kinds
-def test_the_state_given_is_left_as_it_is(kind: str) -> None:
-    mixer = make_full_mixer(kind)
-    _, state = mixer(make_hidden(6), return_state=True)
-    before = [tensor.clone() for tensor in state]
-    for length in (1, 4):
-        mixer(make_hidden(length), state=state, return_state=True)
-    for tensor, copy in zip(state, before, strict=True):
-        assert torch.equal(tensor, copy)
-
-
-@both_kinds
-def test_conv_state_holds_the_last_groups_not_their_repetition(kind: str) -> None:
-    mixer = make_mixer(kind)
-    hidden_BLE = make_hidden(2)
-    _, state = mixer(hidden_BLE, return_state=True)
-    assert torch.equal(state.conv[..., :2], torch.zeros(2, 48, 2, dtype=torch.float64))
-    inputs = torch.cat([mixer.q_proj(hidden_BLE), mixer.k_proj(hidden_BLE), mixer.v_proj(hidden_BLE)], dim=-1)
-    torch.testing.assert_close(state.conv[..., 2:], inputs.transpose(1, 2), **EXACT)
-    assert mixer.state_bytes(torch.bfloat16) == 48 * 4 * 2 + 4 * 6 * 6 * 4
-
-
-@both_kinds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_low_precision_tracks_fp64_with_an_fp32_state(kind: str, dtype: torch.dtype) -> None:
     mixer = make_full_mixer(kind, dtype)
@@ -361,21 +173,26 @@ def test_low_precision_tracks_fp64_with_an_fp32_state(kind: str, dtype: torch.dt
     assert all(parameter.grad is not None for parameter in mixer.parameters())
 
 
+def given_to_the_recurrence(mixer: DeltaRuleMixer, hidden_BLE: Tensor) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, None]:
+        seen.update(q=q, k=k, v=v, g=g, beta=beta)
+        return q, None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(mixer), "recurrence", staticmethod(spy))
+        mixer(hidden_BLE)
+    return {name: tensor.detach() for name, tensor in seen.items()}
+
+
 @both_kinds
 def test_autocast_computes_decays_and_states_in_fp32(kind: str) -> None:
     mixer = make_full_mixer(kind, torch.float32)
-    seen: dict[str, torch.dtype] = {}
-
-    def spy(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, None]:
-        seen.update(q=q.dtype, k=k.dtype, v=v.dtype, g=g.dtype, beta=beta.dtype)
-        return q, None
-
     hidden_BLE = make_hidden(70).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, state = mixer(hidden_BLE, return_state=True)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(mixer), "recurrence", staticmethod(spy))
-            mixer(hidden_BLE)
+        seen = {name: tensor.dtype for name, tensor in given_to_the_recurrence(mixer, hidden_BLE).items()}
     half, full = torch.bfloat16, torch.float32
     assert seen == {"q": half, "k": half, "v": half, "g": full, "beta": full}
     assert (out.dtype, state.ssm.dtype) == (half, full)
@@ -390,18 +207,10 @@ def test_decays_keep_the_digits_of_their_fp32_parameters_in_a_bf16_module(kind: 
     mixer.A_log.data += 1e-3
     with torch.no_grad():
         (mixer.a_proj if kind == "gated" else mixer.f_b_proj).weight.zero_()
-    seen: list[Tensor] = []
-
-    def spy(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, **options: Any) -> tuple[Tensor, None]:
-        seen.append(g.detach())
-        return q, None
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(mixer), "recurrence", staticmethod(spy))
-        mixer(make_hidden(3).bfloat16())
+    g = given_to_the_recurrence(mixer, make_hidden(3).bfloat16())["g"]
     steps = torch.nn.functional.softplus(mixer.dt_bias.detach().double()).view(4, -1)
-    expected = (-mixer.A_log.detach().double().exp()[:, None] * steps).squeeze(-1).expand(seen[0].shape)
-    torch.testing.assert_close(seen[0].double(), expected, rtol=1e-6, atol=0)
+    expected = (-mixer.A_log.detach().double().exp()[:, None] * steps).squeeze(-1).expand(g.shape)
+    torch.testing.assert_close(g.double(), expected, rtol=1e-6, atol=0)
 
 
 @both_kinds

@@ -1,7 +1,6 @@
 """The Mamba-1 mixer: the paper's formula, packing, padding, state, initialisation."""
 
 import math
-import time
 from typing import Any
 
 import pytest
@@ -17,13 +16,6 @@ EXACT = {"rtol": 1e-11, "atol": 1e-12}
 FULL: dict[str, Any] = {"qkv_bias": True, "output_bias": True, "qk_norm": "head", "norm_eps": 0.1, "gate_bias": True}
 WIDE: dict[str, Any] = {**FULL, "qk_norm": "width"}
 VARIANTS, NAMES = [{}, FULL, WIDE], ["plain", "full", "wide"]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_but_reported_seed() -> None:
-    seed = time.time_ns() % 2**31
-    torch.manual_seed(seed)
-    print(f"seed {seed}")  # pytest shows it when the test fails
 
 
 def make_mixer(dtype: torch.dtype = torch.float64, **changes: Any) -> Mamba1Mixer:

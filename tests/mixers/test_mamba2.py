@@ -1,7 +1,6 @@
 """The Mamba-2 mixer: the paper's formula, packing, padding, state, initialisation."""
 
 import math
-import time
 from typing import Any
 
 import pytest
@@ -20,13 +19,6 @@ FULL: dict[str, Any] = {"qkv_bias": True, "output_bias": True, "qk_norm": "head"
 WIDE: dict[str, Any] = {**FULL, "qk_norm": "width", "head_dim": 3, "num_heads": 6, "num_groups": 2}
 VARIANTS = [{}, BARE, FULL, WIDE]
 NAMES = ["plain", "bare", "full", "wide"]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_but_reported_seed() -> None:
-    seed = time.time_ns() % 2**31
-    torch.manual_seed(seed)
-    print(f"seed {seed}")  # pytest shows it when the test fails
 
 
 def make_mixer(dtype: torch.dtype = torch.float64, **changes: Any) -> Mamba2Mixer:

@@ -1,6 +1,5 @@
 """Every mixer's step over pools of states against its step on states that are handed over."""
 
-import time
 from copy import deepcopy
 from typing import Any
 
@@ -17,13 +16,6 @@ devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[
 KINDS = {kind.model_fields["type"].default: kind for kind in MIXERS if kind is not IdentitySpec}
 every_kind = pytest.mark.parametrize("kind", list(KINDS))
 NULL = 2
-
-
-@pytest.fixture(autouse=True)
-def _fresh_but_reported_seed() -> None:
-    seed = time.time_ns() % 2**31
-    torch.manual_seed(seed)
-    print(f"seed {seed}")  # pytest shows it when the test fails
 
 
 def make_mixer(kind: str, full: bool) -> Mixer:

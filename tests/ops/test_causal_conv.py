@@ -1,6 +1,5 @@
 """The causal convolution: three faces and a step, one formula, with gradients."""
 
-import time
 from typing import Any
 
 import pytest
@@ -14,14 +13,6 @@ LENGTHS = [1, 63, 1000]
 
 def gpu(test: Any) -> Any:
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_but_reported_seed(record_property: Any) -> None:
-    seed = time.time_ns() % 2**31
-    torch.manual_seed(seed)
-    record_property("seed", seed)
-    print(f"seed {seed}")  # pytest shows it when the test fails
 
 
 def make_inputs(

@@ -26,14 +26,6 @@ from hybridize.ops.gated_delta import gated_delta_rule
 from hybridize.ops.kimi_delta import kimi_delta_attention
 
 
-@pytest.fixture(autouse=True)
-def _fresh_but_reported_seed(record_property: Any) -> None:
-    seed = time.time_ns() % 2**31
-    torch.manual_seed(seed)
-    record_property("seed", seed)
-    print(f"seed {seed}")  # pytest shows it when the test fails
-
-
 @both_ops
 @pytest.mark.parametrize("documents", [1, 20])
 @pytest.mark.parametrize("length", LENGTHS)

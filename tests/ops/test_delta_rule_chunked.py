@@ -1,8 +1,5 @@
 """The chunked delta rule: its parts, what it keeps for the backward pass, and that pass under autocast."""
 
-import time
-from typing import Any
-
 import pytest
 import torch
 from delta_rule_inputs import OPS, assert_same, both_ops, make_inputs, run, weights_for
@@ -10,14 +7,6 @@ from torch import Tensor
 
 from hybridize.ops.delta_rule import chunked
 from hybridize.ops.gated_delta.chunked import decay_products
-
-
-@pytest.fixture(autouse=True)
-def _fresh_but_reported_seed(record_property: Any) -> None:
-    seed = time.time_ns() % 2**31
-    torch.manual_seed(seed)
-    record_property("seed", seed)
-    print(f"seed {seed}")  # pytest shows it when the test fails
 
 
 def test_decay_products_are_those_of_every_stretch_with_gradients() -> None:

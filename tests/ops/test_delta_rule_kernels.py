@@ -1,10 +1,8 @@
 """The ops with a delta rule by flash-linear-attention's kernels: how they are called, and on a GPU what they give."""
 
 import math
-import time
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -22,14 +20,6 @@ from torch import Tensor
 
 from hybridize.ops import gated_delta, kimi_delta
 from hybridize.ops.delta_rule import fla_kernels
-
-
-@pytest.fixture(autouse=True)
-def _fresh_but_reported_seed(record_property: Any) -> None:
-    seed = time.time_ns() % 2**31
-    torch.manual_seed(seed)
-    record_property("seed", seed)
-    print(f"seed {seed}")  # pytest shows it when the test fails
 
 
 def kernel_of(op: str) -> Callable[..., tuple[Tensor, Tensor]]:

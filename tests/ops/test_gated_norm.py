@@ -1,6 +1,5 @@
 """Norms and gates behind a recurrence: the formulas, and on a GPU the kernel."""
 
-import time
 from typing import Any
 
 import pytest
@@ -12,13 +11,6 @@ from hybridize.ops.gated_norm import gated_norm
 _NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _NO_GPU])])
 HEADS, WIDTH, EPS = 5, 12, 0.3
-
-
-@pytest.fixture(autouse=True)
-def _fresh_but_reported_seed() -> None:
-    seed = time.time_ns() % 2**31
-    torch.manual_seed(seed)
-    print(f"seed {seed}")  # pytest shows it when the test fails
 
 
 def formula(

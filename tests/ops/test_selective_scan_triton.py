@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 import warnings
 from importlib.util import find_spec
 from itertools import pairwise
@@ -20,14 +19,6 @@ from hybridize.ops.selective_scan import selective_scan, selective_scan_step
 
 def gpu(test: Any) -> Any:
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_but_reported_seed(record_property: Any) -> None:
-    seed = time.time_ns() % 2**31
-    torch.manual_seed(seed)
-    record_property("seed", seed)
-    print(f"seed {seed}")  # pytest shows it when the test fails
 
 
 def make_inputs(

@@ -1,6 +1,5 @@
 """Steps that update states in a pool against the ops' own steps in fp64: the plain form, and on a GPU the kernels."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +19,6 @@ from hybridize.ops.ssd import ssd_step, ssd_step_in_place
 _NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _NO_GPU])])
 NULL = 1
-
-
-@pytest.fixture(autouse=True)
-def _fresh_but_reported_seed(record_property: Any) -> None:
-    seed = time.time_ns() % 2**31
-    torch.manual_seed(seed)
-    record_property("seed", seed)
-    print(f"seed {seed}")  # pytest shows it when the test fails
 
 
 @dataclass
