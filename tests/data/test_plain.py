@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybridize.data.packing import pack_rows
-from hybridize.data.plain import PIECE_CHARACTERS, read_pieces
+from hybridize.data.plain import PIECE_CHARACTERS, is_plain, read_pieces
 from hybridize.data.sources import read_prompts
 from hybridize.spec.data import FileDataSpec
 
@@ -52,6 +52,13 @@ def test_every_token_but_a_documents_first_is_predicted_and_none_is_lost(text, t
 def test_plain_text_holds_no_prompts(text):
     with pytest.raises(ValueError, match=r"text\.txt: plain text holds no prompts"):
         read_prompts(text, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"), [("a.txt", True), ("notes.md", True), ("a.jsonl", False), ("LICENSE", False)]
+)
+def test_a_name_tells_plain_text(name, plain):
+    assert is_plain(name) is plain
 
 
 def test_a_file_without_text_is_refused(tmp_path):

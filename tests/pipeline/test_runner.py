@@ -17,7 +17,7 @@ from hybridize.pipeline.collecting import collect
 from hybridize.pipeline.job import to_dtype
 from hybridize.pipeline.progress import Reporter
 from hybridize.pipeline.reporting import rewrite_report
-from hybridize.pipeline.runner import run_recipe
+from hybridize.pipeline.runner import _check_files, run_recipe
 from hybridize.pipeline.stages import spec_for_key
 from hybridize.report import console_summary
 from hybridize.spec.recipe import parse_recipe
@@ -222,6 +222,31 @@ def test_run_refuses_what_does_not_fit_before_doing_anything(tiny_recipe, change
     with pytest.raises(ValueError, match=message):
         run_recipe(parse_recipe(tiny_recipe), QUIET)
     assert not (Path(tiny_recipe["output"]) / "rank").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"prompt": "?"}\n', r"distill\.data: .*a\.jsonl:1: .*completion"),
+        ("a.jsonl", "Apache License\n", r"distill\.data: .*a\.jsonl:1: 'Apache License' is not JSON"),
+        ("a.txt", " \n", r"distill\.data: .*a\.txt: it holds no text"),
+    ],
+)
+def test_run_reads_the_start_of_each_file_before_doing_anything(tiny_recipe, tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    tiny_recipe["stages"][2]["data"] = {"source": "file", "path": str(tmp_path / name)}
+    with pytest.raises(ValueError, match=message):
+        run_recipe(parse_recipe(tiny_recipe), QUIET)
+    assert not Path(tiny_recipe["output"]).exists()
+
+
+def test_prompts_without_answers_are_enough_where_answers_are_made(tiny_recipe, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "?"}\n')
+    data = {"source": "file", "path": str(tmp_path / "a.jsonl")}
+    traces = {"kind": "traces", "num_prompts": 1}
+    _check_files(parse_recipe({"name": "n", "teacher": "t", "stages": [traces | {"data": data}]}))
+    chosen = [{"kind": "rank", "method": "uniform"}, traces]
+    _check_files(parse_recipe({"name": "n", "teacher": "t", "data": data, "stages": chosen}))
 
 
 def test_run_refuses_an_explicit_layer_out_of_range(tiny_recipe):

@@ -81,6 +81,10 @@ def test_judgement_and_speed_follow_each_stage():
     judged = [(s.name, s.model, s.label) for s in stages if s.kind in ("evaluate", "throughput")]
     assert judged[:2] == [("h-25-judge", "h-25-distill", "25 of 50"), ("h-25-speed", "h-25-distill", "25 of 50")]
     assert len(judged) == 6
+    named = expand(recipe(schedule(evaluate={"level": 1}, throughput={"new_tokens": 8}, label="ours")), 50).stages
+    assert {s.label for s in named if s.name.startswith("h-27-") and s.kind in ("evaluate", "throughput")} == {
+        "ours, 27 of 50"
+    }
 
 
 def test_others_refer_to_a_schedule_by_its_name_or_by_a_count_as_written():

@@ -115,6 +115,25 @@ def read_prompts(data: ReadableData, num_prompts: int, seed: int) -> list[Prompt
     return prompts
 
 
+def check_first(data: FileDataSpec, *, prompts: bool = False) -> None:
+    """Raise what reading a file would raise at its first row; quick, however long it is.
+
+    Args:
+        data: names the file.
+        prompts: whether it is read for what to answer, rather than for whole conversations.
+
+    Raises:
+        ValueError: it cannot be read, holds nothing, or its first row is not what it should be.
+    """
+    if prompts:
+        read_prompts(data, 1, 0)
+    elif is_plain(data.path):
+        read_pieces(data.path)
+    else:
+        place, row = next(open_table(data).rows())
+        parse_chat(row, place)
+
+
 def _iter_world(data: WorldDataSpec, seed: int) -> Iterator[Conversation]:
     problems = _draw(data, seed)
     return (Conversation(problem.messages, place, epoch=1) for problem, _, place in problems)

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.markup import escape
 
+from hybridize.data.sources import check_first
 from hybridize.files import write_whole
 from hybridize.pipeline.artifacts import (
     Artifact,
@@ -43,6 +44,7 @@ from hybridize.spec.stages import (
     FitStage,
     HarnessStage,
     MergeStage,
+    OnPolicyStage,
     RankStage,
     ReportStage,
     SearchStage,
@@ -163,17 +165,31 @@ def run_stage(stage: StageSpec, job: Job, folder: Path, teacher_print: str, *, r
 
 
 def _check_files(recipe: RecipeSpec) -> None:
-    """Raise a `ValueError` before any work is done if a file that a stage will read is not there."""
-    sources = [("data", recipe.data)]
+    """Raise a `ValueError` before any work is done if a file is not there, or does not start as who reads it needs."""
+    seen: set[tuple[str, bool]] = set()
+    if isinstance(recipe.data, FileDataSpec):
+        _check_there(recipe.data.path, "data.path")
     for stage in recipe.stages:
-        if isinstance(stage, DataStage) and stage.data is not None:
-            sources.append((f"{stage.name}.data", stage.data))
         for field, path in files_of(stage).items():
             if not Path(path).exists():
                 raise ValueError(f"{stage.name}.{field}: there is no file {path}; check the path")
-    for place, data in sources:
-        if isinstance(data, FileDataSpec) and not Path(data.path).is_file():
-            raise ValueError(f"{place}.path: there is no file {data.path}; check the path")
+        if not isinstance(stage, DataStage):
+            continue
+        data = stage.data or (None if isinstance(stage, RankStage) else recipe.data)  # some rankings read nothing
+        wanted = isinstance(stage, TracesStage | OnPolicyStage)
+        if not isinstance(data, FileDataSpec) or (data.path, wanted) in seen:
+            continue
+        seen.add((data.path, wanted))
+        _check_there(data.path, f"{stage.name}.data.path")
+        try:
+            check_first(data, prompts=wanted)
+        except ValueError as error:
+            raise ValueError(f"{stage.name}.data: {error}") from None
+
+
+def _check_there(path: str, place: str) -> None:
+    if not Path(path).is_file():
+        raise ValueError(f"{place}: there is no file {path}; check the path")
 
 
 def outside_inputs(stage: StageSpec, data: DataSpec) -> dict[str, Callable[[], str]]:

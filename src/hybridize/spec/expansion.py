@@ -88,7 +88,7 @@ def _spell_out(schedule: ScheduleStage, num_layers: int, place: str) -> list[Sta
         settings = schedule.distill[position if len(schedule.distill) > 1 else 0]
         distill = settings.model_copy(update={"name": distilled_name(schedule, count), "model": stages[-1].name})
         stages.append(distill)
-        label = f"{count} of {num_layers}"
+        label = f"{schedule.label}, {count} of {num_layers}" if schedule.label else f"{count} of {num_layers}"
         judging: dict[str, EvaluateStage | ThroughputStage] = {
             f"judge-{i + 1}" if i else "judge": evaluate for i, evaluate in enumerate(schedule.evaluate)
         }

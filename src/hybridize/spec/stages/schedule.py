@@ -41,6 +41,7 @@ class ScheduleStage(MixedStage):
         distill: settings of the distillation, for all stages or one for each.
         evaluate: settings of a judgement after each stage, or of several; by default there is none.
         throughput: settings of a measurement of speed after each stage; by default there is none.
+        label: what reports call its models, before their counts; for a recipe with more than one schedule.
         seed: of the conversions.
     """
 
@@ -52,6 +53,7 @@ class ScheduleStage(MixedStage):
     distill: Annotated[tuple[Distill, ...], BeforeValidator(_as_list)] = Field(min_length=1)
     evaluate: Annotated[tuple[Evaluate, ...], BeforeValidator(_as_list)] = ()
     throughput: Throughput | None = None
+    label: str = ""
     seed: int = 0
 
     @model_validator(mode="after")
