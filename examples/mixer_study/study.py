@@ -20,6 +20,7 @@ import pickle
 import queue
 import re
 import time
+from itertools import cycle
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -175,11 +176,8 @@ def num_tokens_of(budget: tuple[int, int]) -> int:
 
 
 def _worker(
-    turn: int, tasks: "multiprocessing.Queue", results: "multiprocessing.Queue", out: Path, budget: tuple[int, int]
+    tasks: "multiprocessing.Queue", results: "multiprocessing.Queue", out: Path, budget: tuple[int, int]
 ) -> None:
-    from hybridize.pipeline.gpus import take_gpu
-
-    take_gpu(turn)
     while (task := tasks.get()) is not None:
         name, seed = task
         try:
@@ -190,6 +188,8 @@ def _worker(
 
 def run(out: Path, workers: int, budget: tuple[int, int], seeds: tuple[int, ...], wanted: str, seconds: float) -> None:
     """Run the trials of a budget (steps, tokens a step) that are missing, turn by turn; stop after `seconds`."""
+    from hybridize.pipeline.gpus import gpu_names, seeing
+
     out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
     began = time.perf_counter()
@@ -208,9 +208,10 @@ def run(out: Path, workers: int, budget: tuple[int, int], seeds: tuple[int, ...]
         tasks.put(task)
     for _ in range(workers):
         tasks.put(None)
-    processes = [context.Process(target=_worker, args=(turn, tasks, results, out, budget)) for turn in range(workers)]
-    for process in processes:
-        process.start()
+    processes = [context.Process(target=_worker, args=(tasks, results, out, budget)) for _ in range(workers)]
+    for process, gpu in zip(processes, cycle(gpu_names() or (None,))):
+        with seeing(gpu):
+            process.start()
     with (out / "trials.jsonl").open("a") as file:
         for number in range(len(todo)):
             if time.perf_counter() - began > seconds:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,12 +143,14 @@ def test_a_stage_that_fails_stops_only_what_needs_it(branches, tmp_path):
     broken = distill | {"data": {"source": "file", "path": str(short)}}
     branches["stages"][2] = broken
     with pytest.raises(
-        ValueError, match=r"distill-left: sequence_length 256: all 1 conversations.*\n.*merge, throughput, report"
+        ValueError, match=r"distill-left: sequence_length 256: all 1 conversations.*\n.*: merge, throughput$"
     ):
         run_recipe(parse_recipe(branches), QUIET, jobs=2)
     run = Path(branches["output"])
     done = {folder.name for folder in run.iterdir() if read_artifact(folder) is not None}
-    assert done == {"left", "right", "distill-right", "judge"}
+    assert done == {"left", "right", "distill-right", "judge", "report"}
+    page = (run / "report" / "report.html").read_text()
+    assert "distill-right" in page
     assert not list(run.glob(".*"))
     before = read_artifact(run / "distill-right").manifest
     branches["stages"][2] = distill
@@ -168,7 +171,7 @@ def test_a_killed_worker_costs_its_own_stage_only_and_the_next_run_goes_on(branc
     assert "distill-left: its process was ended by SIGKILL, perhaps for lack of memory" in error.replace("\n", " ")
     wait_for_the_last(process)
     done = {folder.name for folder in run.iterdir() if folder.is_dir() and read_artifact(folder) is not None}
-    assert done == {"left", "right", "distill-right", "judge"}
+    assert done == {"left", "right", "distill-right", "judge", "report"}
     artifacts = run_recipe(parse_recipe(branches), QUIET)
     assert artifacts["distill-left"].metrics["steps"] == 16
     whole = run_recipe(parse_recipe(branches | {"output": str(tmp_path / "row")}), QUIET)
@@ -259,32 +262,78 @@ def test_no_more_stages_are_under_way_than_there_are_jobs(jobs):
             assert order.index(f"-{name}") < order.index(f"+{stage.name}")
 
 
-def test_a_new_process_takes_the_turn_that_is_free(monkeypatch):
-    turns = []
+@pytest.fixture
+def crew(monkeypatch):
+    """A crew whose processes do nothing; each records the GPUs that it would see."""
 
     class Context:
-        Pipe = staticmethod(lambda: (SimpleNamespace(), SimpleNamespace(close=lambda: None)))
+        Pipe = staticmethod(lambda: (SimpleNamespace(send=lambda task: None), SimpleNamespace(close=lambda: None)))
 
         @staticmethod
         def Process(target, args, daemon):
-            turns.append(args[-1])
-            return SimpleNamespace(start=lambda: None)
+            process = SimpleNamespace()
+            process.start = lambda: setattr(process, "sees", os.environ.get("CUDA_VISIBLE_DEVICES"))
+            return process
 
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("hybridize.pipeline.parallel.get_context", lambda kind: Context)
-    crew = _Crew(run=None, jobs=3)
-    first, second, _ = (crew._hire() for _ in range(3))
-    crew.workers.remove(second)
-    crew._hire()
-    crew.workers.remove(first)
-    crew._hire()
-    assert turns == [0, 1, 2, 1, 0]
+
+    def make(*gpus: str) -> _Crew:
+        monkeypatch.setattr("hybridize.pipeline.parallel.gpu_names", lambda: gpus)
+        return _Crew(run=None, jobs=5)
+
+    return make
+
+
+def test_gpus_are_dealt_out_among_processes(crew):
+    two = crew("0", "GPU-b")
+    for stage in "abc":
+        two.give(stage, None)
+    assert [worker.process.sees for worker in two.workers] == ["0", "GPU-b", "0"]
+    two.workers.pop(0)  # it was killed
+    two.give("d", None)
+    two.give("e", None)
+    assert sorted(worker.process.sees for worker in two.workers) == ["0", "0", "GPU-b", "GPU-b"]
+    for gpus in ((), ("3",)):
+        one = crew(*gpus)
+        one.give("a", None)
+        assert one.workers[0].process.sees is None, "what this process sees"
+
+
+def test_a_stage_goes_to_the_gpu_with_less_to_do(crew):
+    two = crew("0", "1")
+    for stage in "abcd":
+        two.give(stage, None)
+    first, second, third, fourth = two.workers
+    first.stage = second.stage = fourth.stage = None  # GPU 0 does one thing yet, GPU 1 nothing
+    two.give("e", None)
+    assert (first.stage, third.stage) == (None, "c")
+    assert {second.stage, fourth.stage} == {"e", None}
+
+
+def test_a_process_is_not_used_again_after_a_fault(crew):
+    one = crew()
+    one.give("a", None)
+    mine, its = Pipe()
+    ended = []
+    process = SimpleNamespace(terminate=lambda: ended.append(True), join=lambda *_: None, exitcode=0)
+    one.workers[0].pipe, one.workers[0].process = mine, process
+    its.send(Failed("stop", "no memory"))
+    assert one.hear() == [("a", Failed("stop", "no memory"))]
+    one.give("b", None)
+    assert len(one.workers) == 1, "it goes on after a stop"
+    its.send(Failed("fault", "CUDA error: an illegal memory access"))
+    assert one.hear() == [("b", Failed("fault", "CUDA error: an illegal memory access"))]
+    assert ended == [True]
+    assert one.workers == []
 
 
 def test_what_failed_is_told_with_what_could_not_be_done():
     plan, order = drive(a_study(), 2, failing=("a",))
     assert "+judge-b" in order
+    assert order[-1] == "-report", "about the others"
     with pytest.raises(
-        StoppedError, match=r"^a: a broke\nnot done, since they need what failed: speed-a, judge-a, report$"
+        StoppedError, match=r"^a: a broke\nnot done, since they need what failed: speed-a, judge-a$"
     ):
         plan.check()
     plan, _ = drive(a_study()[:1], 2, failing=("a",))

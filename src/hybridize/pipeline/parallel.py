@@ -2,12 +2,13 @@
 
 A pocket-sized model keeps a GPU busy for a fraction of a step only, so that several stages share it well. What a stage
 makes is the same as in a row; only its lines come between those of others. Measurements of speed are done with nothing
-beside them, when all else is waiting for them or done. On a machine of several GPUs, the processes take turns at them.
+beside them, when all else is waiting for them or done. A machine's GPUs are dealt out among the processes, one to each.
 """
 
 import os
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from rich.markup import escape
 from rich.progress import Progress, TaskID
 
 from hybridize.pipeline.artifacts import Artifact
+from hybridize.pipeline.gpus import gpu_names, seeing
 from hybridize.pipeline.progress import COLUMNS, Reporter
 from hybridize.pipeline.worker import GRACE_SECONDS, Failed, Moved, Run, Said, Task, work
 from hybridize.spec.base import StoppedError
@@ -38,7 +40,8 @@ def run_side_by_side(
 ) -> dict[str, Artifact]:
     """Do stages in up to `jobs` processes.
 
-    One that fails stops neither those beside it nor any that does not need it; what needs it is left out.
+    One that fails stops neither those beside it nor any that does not need it; what needs it is left out, but for a
+    report, which then is about the others.
 
     Args:
         stages: spelled out, in the recipe's order.
@@ -133,8 +136,17 @@ class _Plan:
 
     def _can_begin(self, stage: Any) -> bool:
         if isinstance(stage, ReportStage):
-            return all(other.name in self.finished for other in self.stages[: self.stages.index(stage)])
+            before = {other.name for other in self.stages[: self.stages.index(stage)]}
+            return before <= self.finished.keys() | self._lost() and not before.isdisjoint(self.finished)
         return all(name in self.finished for name in stage.inputs)
+
+    def _lost(self) -> set[str]:
+        """Stages that failed or need one that did; stages come after what they read."""
+        lost = set(self.failed)
+        for stage in self.stages:
+            if not isinstance(stage, ReportStage) and not lost.isdisjoint(stage.inputs):
+                lost.add(stage.name)
+        return lost
 
     def fail(self, stage: Any, failed: Failed, board: "_Board") -> None:
         """Note that a stage did not work out."""
@@ -158,11 +170,11 @@ class _Plan:
 
 @dataclass
 class _Worker:
-    """A process, the pipe to it, and its number, which no other one has while it lives."""
+    """A process, the pipe to it, and the GPU that it sees, if it is one of several."""
 
     process: Any
     pipe: Connection
-    turn: int
+    gpu: str | None
     stage: Any = None
 
 
@@ -171,6 +183,7 @@ class _Crew:
 
     def __init__(self, run: Run, jobs: int) -> None:
         self.run, self.jobs = run, jobs
+        self.gpus = gpu_names()
         self.workers: list[_Worker] = []
 
     @property
@@ -180,7 +193,9 @@ class _Crew:
 
     def give(self, stage: Any, task: Task) -> None:
         """Let a process do a stage."""
-        worker = next((worker for worker in self.workers if worker.stage is None), None) or self._hire()
+        idle = [worker for worker in self.workers if worker.stage is None]
+        busy = Counter(worker.gpu for worker in self.workers if worker.stage is not None)
+        worker = min(idle, key=lambda worker: busy[worker.gpu]) if idle else self._hire()
         worker.stage = stage
         with suppress(BrokenPipeError):  # it was killed; `hear` finds out
             worker.pipe.send(task)
@@ -188,19 +203,20 @@ class _Crew:
     def _hire(self) -> _Worker:
         context = get_context("spawn")
         mine, its = context.Pipe()
-        taken = {worker.turn for worker in self.workers}
-        turn = next(number for number in range(len(taken) + 1) if number not in taken)
-        process = context.Process(target=work, args=(its, self.run, turn), daemon=False)
+        process = context.Process(target=work, args=(its, self.run), daemon=False)
+        taken = Counter(worker.gpu for worker in self.workers)
+        gpu = min(self.gpus, key=lambda name: taken[name]) if len(self.gpus) > 1 else None
         # Ctrl-C reaches all processes of a terminal. One that is still importing must not answer with a traceback.
         can_ignore = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGINT, signal.SIG_IGN) if can_ignore else None
         try:
-            process.start()
+            with seeing(gpu):
+                process.start()
         finally:
             if can_ignore:
                 signal.signal(signal.SIGINT, before)
         its.close()
-        self.workers.append(_Worker(process, mine, turn))
+        self.workers.append(_Worker(process, mine, gpu))
         return self.workers[-1]
 
     def hear(self) -> list[tuple[Any, Any]]:
@@ -219,21 +235,27 @@ class _Crew:
                 message = Failed("stop", _explain_end(worker.process.exitcode))
             if isinstance(message, Artifact | Failed):
                 worker.stage = None
+            if isinstance(message, Failed) and message.kind == "fault":
+                self._dismiss([worker])  # the GPU may answer it no more
             if stage is not None:
                 heard.append((stage, message))
         return heard
 
     def dismiss(self) -> None:
         """End all processes: those at work too, as Ctrl-C would, and by force where that takes too long."""
-        for worker in self.workers:
+        self._dismiss(list(self.workers))
+
+    def _dismiss(self, workers: list[_Worker]) -> None:
+        for worker in workers:
             worker.process.terminate()
             worker.pipe.close()
-        for worker in self.workers:
+        for worker in workers:
             worker.process.join(GRACE_SECONDS)
             if worker.process.exitcode is None:
                 worker.process.kill()
                 worker.process.join()
-        self.workers.clear()
+            if worker in self.workers:
+                self.workers.remove(worker)
 
 
 def _explain_end(code: int | None) -> str:

@@ -22,7 +22,6 @@ from typing import Any, Literal
 from rich.console import Console
 
 from hybridize.pipeline.artifacts import Artifact
-from hybridize.pipeline.gpus import take_gpu
 from hybridize.pipeline.progress import Advance, Reporter
 from hybridize.spec.base import StoppedError
 from hybridize.spec.data import DataSpec
@@ -131,15 +130,10 @@ class _PipedReporter(Reporter):
             self.pipe.send(Moved(title, 0, None))
 
 
-def work(pipe: Connection, run: Run, turn: int = 0) -> None:
+def work(pipe: Connection, run: Run) -> None:
     """Do each `Task` that comes through the pipe; answer with its `Artifact`, or with what `Failed`.
 
     A signal to terminate ends it as Ctrl-C does: what is unfinished is left so that the next run goes on from there.
-
-    Args:
-        pipe: to who started it.
-        run: what its stages share.
-        turn: its number among the workers, which take turns at the GPUs.
     """
     if "OMP_NUM_THREADS" in os.environ:  # a person's word counts, beside others and alone
         run = replace(run, all_threads=None)
@@ -150,7 +144,6 @@ def work(pipe: Connection, run: Run, turn: int = 0) -> None:
     tasks: SimpleQueue[Task] = SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, tasks), daemon=True).start()
     with suppress(KeyboardInterrupt, BrokenPipeError):
-        take_gpu(turn)
         while True:
             pipe.send(_do(tasks.get(), run, _PipedReporter(pipe, run.draws_bars)))
 
@@ -176,7 +169,8 @@ def _do(task: Task, run: Run, reporter: Reporter) -> Artifact | Failed:
     except Exception:
         return Failed("fault", traceback.format_exc())
     finally:
-        _free_memory()
+        with suppress(RuntimeError):  # CUDA's, after a fault of which the answer tells; this process is not used again
+            _free_memory()
 
 
 @contextmanager
