@@ -95,6 +95,22 @@ def test_an_answer_is_cut_at_its_own_limit(tiny):
     assert len(ends) > 1
 
 
+def test_an_answer_at_its_limit_is_not_decoded_on(tiny):
+    model, tokenizer = tiny
+    ids = [render_prompt(tokenizer, messages) for messages in PROMPTS[:4]]
+    rows = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
+    settings = GenerationSettings(20, 1.0)
+    requests = [
+        Request(prompt, limit, number) for number, (prompt, limit) in enumerate(zip(ids, (20, 2, 9, 1), strict=True))
+    ]
+    answers = TransformersEngine(model, tokenizer, settings).generate(requests)
+    hook.remove()
+    assert sum(rows) == sum(generated.num_tokens + generated.ended for generated in answers) < 4 * len(rows)
+
+
 def test_nothing_is_kept_for_gradients(tiny, monkeypatch):
     model, tokenizer = tiny
     seen, generate = [], model.generate

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hybridize.data.chat import check_chat_template, render, render_prompt
+from hybridize.data.chat import check_chat_template, render, render_many, render_prompt
 
 PLAIN = """\
 {%- for message in messages -%}
@@ -73,3 +73,23 @@ def test_a_template_that_rewrites_the_prompt_is_refused():
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(ValueError, match=r"tokenizer\.chat_template: the prompt alone is not a prefix"):
         render(byte_tokenizer(REWRITING), talk)
+
+
+@given(st.lists(messages, max_size=5))
+@settings(max_examples=30, deadline=None)
+def test_many_are_rendered_as_one_by_one(conversations):
+    places = [str(i) for i in range(len(conversations))]
+    assert render_many(TOKENIZER, conversations, places) == [render(TOKENIZER, one) for one in conversations]
+
+
+def test_of_many_the_one_that_the_template_does_not_take_is_named():
+    template = "{%- if messages[0].role == 'system' -%}{{ raise_exception('no system') }}{%- endif -%}" + PLAIN
+    good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    bad = [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(ValueError, match=r"^row 2: the tokenizer's chat template does not take it \(no system\)"):
+        render_many(byte_tokenizer(template), [good, bad, good], ["row 1", "row 2", "row 3"])
+    rewriting = byte_tokenizer(REWRITING)
+    with pytest.raises(ValueError, match=r"^row 1: .*\(tokenizer.chat_template: the prompt alone is not a prefix"):
+        render_many(rewriting, [good], ["row 1"])
+    with pytest.raises(ValueError, match="it has no chat template"):
+        render_many(byte_tokenizer(None), [good], ["row 1"])

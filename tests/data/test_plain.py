@@ -49,6 +49,22 @@ def test_every_token_but_a_documents_first_is_predicted_and_none_is_lost(text, t
     )
 
 
+def test_pieces_longer_than_a_row_are_cut_and_none_of_their_tokens_is_lost(text, tiny_teacher):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    rows = pack_rows(text, tokenizer, 64, 400, seed=0)
+    assert rows.epochs > 2
+    assert rows.num_dropped == 0
+    documents = np.split(rows.input_ids, np.flatnonzero(rows.position_ids == 0)[1:])
+    pieces = [
+        [tokenizer.bos_token_id, *tokenizer(piece, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        for piece in read_pieces(text.path)
+    ]
+    parts = {tuple(piece[i : i + 64]) for piece in pieces for i in range(0, len(piece), 64)}
+    assert {tuple(document.tolist()) for document in documents} == parts
+
+
 def test_plain_text_holds_no_prompts(text):
     with pytest.raises(ValueError, match=r"text\.txt: plain text holds no prompts"):
         read_prompts(text, 1, 0)

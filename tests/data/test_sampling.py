@@ -5,8 +5,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from hybridize.data.sampling import Draw, draw_uniform, end_tokens_of, sample_answers
-from hybridize.spec import LayoutSpec, Mamba1Spec
+from hybridize.data import sampling
+from hybridize.data.sampling import Draw, Round, draw_uniform, end_tokens_of, sample_answers
+from hybridize.models.growing_cache import GrowingLayer, make_cache
+from hybridize.spec import (
+    GatedDeltaNetSpec,
+    KimiDeltaAttentionSpec,
+    LayoutSpec,
+    Mamba1Spec,
+    Mamba2Spec,
+    SlidingWindowSpec,
+)
 from hybridize.transfer import convert
 from tiny_families import build_teacher
 
@@ -151,6 +160,135 @@ def test_answers_end_with_the_first_end_token(model):
     assert all(len(answer) == 40 for answer in answers if END not in answer)
     assert {answer[-1] for answer in sample(model, end_tokens=range(VOCABULARY))} - {END}
     assert all(len(answer) == 1 for answer in sample(model, end_tokens=range(VOCABULARY)))
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """Of a model: the rows of each forward, and how often `generate` was called."""
+
+    def watch(model):
+        rows, calls, generate = [], [], model.generate
+        model.register_forward_pre_hook(lambda _, args, given: rows.append(len(given["input_ids"])), with_kwargs=True)
+        monkeypatch.setattr(model, "generate", lambda **options: calls.append(1) or generate(**options))
+        return rows, calls
+
+    return watch
+
+
+MIXERS = [
+    Mamba1Spec(state_size=4),
+    Mamba2Spec(),
+    GatedDeltaNetSpec(),
+    KimiDeltaAttentionSpec(),
+    SlidingWindowSpec(window=5),
+]
+ENDS = [END, 11, 17, 23, 29, 31, 37]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.0], ids=["sampled", "greedy"])
+@pytest.mark.parametrize(
+    ("mixer", "layers"),
+    [*((mixer, [0, 2]) for mixer in MIXERS), (Mamba1Spec(state_size=4), [0, 1, 2, 3])],
+    ids=[*(mixer.type for mixer in MIXERS), "all mamba1"],
+)
+def test_answers_that_leave_change_no_other(mixer, layers, temperature, forwards, monkeypatch):
+    """Nor what they say themselves: all is as `generate` gives it in one go, with prompts of several lengths."""
+    hybrid = convert(build_teacher("llama").double(), LayoutSpec.replace(4, layers, mixer), "random", seed=1)[
+        0
+    ].double()
+    prompts = [prompt * times for times in (1, 2) for prompt in PROMPTS]
+    given = {"keys": [(7, i) for i in range(8)], "end_tokens": ENDS, "temperature": temperature}
+    rows, calls = forwards(hybrid)
+    answers = sample(hybrid, prompts, max_new_tokens=[40, 30, 5, 40, 20, 1, 40, 40], **given)
+    in_rounds = sum(rows), len(calls)
+    monkeypatch.setattr(sampling, "rows_can_leave", lambda cache: False)
+    assert answers == sample(hybrid, prompts, max_new_tokens=[40, 30, 5, 40, 20, 1, 40, 40], **given)
+    assert len(set(map(len, answers))) > 2
+    assert in_rounds[1] > 2
+    assert len(calls) == in_rounds[1] + 1
+    assert in_rounds[0] < sum(rows) - in_rounds[0]
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"], ids=["sliding", "partly sliding"])
+def test_answers_leave_models_with_windows_of_their_own(family, forwards, monkeypatch):
+    teacher = build_teacher(family).double()
+    rows, _ = forwards(teacher)
+    answers = sample(teacher, end_tokens=ENDS)
+    left = sum(rows)
+    monkeypatch.setattr(sampling, "rows_can_leave", lambda cache: False)
+    assert answers == sample(teacher, end_tokens=ENDS)
+    assert left < sum(rows) - left
+
+
+def test_a_small_batch_is_left_at_once(model, forwards):
+    rows, _ = forwards(model)
+    answers = sample(model, end_tokens=ENDS, max_new_tokens=[40, 9, 40, 40])
+    assert len(set(map(len, answers))) > 2
+    assert rows == [sum(len(answer) > step for answer in answers) for step in range(max(map(len, answers)))]
+
+
+def test_a_large_batch_is_left_when_it_pays(forwards):
+    teacher = build_teacher("llama")
+    rows, calls = forwards(teacher)
+    keys = [(5, i) for i in range(64)]
+    answers = sample(teacher, PROMPTS * 16, keys, end_tokens=ENDS)
+    ended_at = set(map(len, answers))
+    wasted = sum(rows) - sum(map(len, answers))
+    assert 1 < len(calls) < len(ended_at)
+    assert 0 < wasted < sum(rows) / 4 < 64 * len(rows) - sum(map(len, answers))
+
+
+def test_all_that_end_together_are_one_round(model, forwards):
+    rows, calls = forwards(model)
+    sample(model, end_tokens=[VOCABULARY])
+    assert (rows, len(calls)) == ([4] * 40, 1)
+
+
+def test_a_round_is_over_when_a_quarter_of_a_step_is_wasted():
+    one_round = Round(torch.tensor([9] * 11 + [6]), [END, 11])
+    tokens = torch.full((12, 4), END)  # a prompt may hold the tokens that end answers
+
+    def add(*ended):
+        nonlocal tokens
+        new = torch.full((12, 1), 7)
+        new[list(ended)] = 11
+        tokens = torch.cat([tokens, new], dim=1)
+        return one_round(tokens, None).nonzero().flatten().tolist()
+
+    assert add(2) == [2]
+    assert add() == list(range(12)), "one waited for a step, and now two would"
+    assert one_round.ended_R.nonzero().flatten().tolist() == [2, 11]
+
+
+def test_every_answer_has_its_own_limit(model):
+    whole = sample(model)
+    limits = [3, 40, 1, 12]
+    assert sample(model, max_new_tokens=limits) == [answer[:n] for answer, n in zip(whole, limits, strict=True)]
+
+
+class OddLayer(GrowingLayer):
+    """Of a kind that is not known, which may hold more than what is reordered."""
+
+    def reorder_cache(self, beam_idx):
+        raise AssertionError("it is left alone")
+
+
+@pytest.mark.parametrize("reason", ["unknown layer", "sharded"])
+def test_nobody_leaves_where_rows_cannot_be_chosen(reason, model, forwards, monkeypatch):
+    expected = sample(model, end_tokens=ENDS, max_new_tokens=[40, 9, 40, 40])
+
+    def odd_cache(*args):
+        cache = make_cache(*args)
+        cache.layers = [OddLayer() if type(layer) is GrowingLayer else layer for layer in cache.layers]
+        return cache
+
+    if reason == "sharded":
+        monkeypatch.setattr(sampling, "is_fsdp_managed_module", lambda _: True)
+    else:
+        monkeypatch.setattr(sampling, "make_cache", odd_cache)
+    rows, calls = forwards(model)
+    assert sample(model, end_tokens=ENDS, max_new_tokens=[40, 9, 40, 40]) == expected
+    assert (set(rows), len(calls)) == ({4}, 1)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0])

@@ -70,9 +70,10 @@ class Counting:
         return getattr(self._model, name)
 
     def generate(self, **options):
-        if self.calls == self._fail_at:
-            raise KeyboardInterrupt
-        self.calls += 1
+        if options["past_key_values"].get_seq_length() == 0:  # else it goes on with a batch
+            if self.calls == self._fail_at:
+                raise KeyboardInterrupt
+            self.calls += 1
         return self._model.generate(**options)
 
 

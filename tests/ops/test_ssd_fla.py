@@ -90,6 +90,23 @@ def test_bounds_of_documents_are_cut_at_rows_too() -> None:
     assert last_B.tolist() == [1, 2, 4]
 
 
+def test_bounds_are_found_once_for_all_layers_and_anew_when_documents_change() -> None:
+    starts_BL = torch.zeros(2, 3, dtype=torch.bool)
+    bounds = sequence_bounds(starts_BL)
+    assert sequence_bounds(starts_BL) is bounds
+    assert sequence_bounds(starts_BL.clone()) is not bounds, "another tensor"
+    bounds = sequence_bounds(starts_BL)
+    starts_BL[1, 2] = True
+    assert sequence_bounds(starts_BL)[0].tolist() == [0, 3, 5, 6], "changed in place"
+    with torch.inference_mode():
+        within = torch.zeros(1, 4, dtype=torch.bool)
+        assert sequence_bounds(within)[0].tolist() == [0, 4]
+        within[0, 1] = True
+        assert sequence_bounds(within)[0].tolist() == [0, 1, 4]
+        assert sequence_bounds(starts_BL)[0].is_inference()
+    assert not sequence_bounds(starts_BL)[0].is_inference(), "a later training may save them for its gradients"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", [None, "chunked"])

@@ -332,9 +332,7 @@ def test_what_failed_is_told_with_what_could_not_be_done():
     plan, order = drive(a_study(), 2, failing=("a",))
     assert "+judge-b" in order
     assert order[-1] == "-report", "about the others"
-    with pytest.raises(
-        StoppedError, match=r"^a: a broke\nnot done, since they need what failed: speed-a, judge-a$"
-    ):
+    with pytest.raises(StoppedError, match=r"^a: a broke\nnot done, since they need what failed: speed-a, judge-a$"):
         plan.check()
     plan, _ = drive(a_study()[:1], 2, failing=("a",))
     with pytest.raises(StoppedError, match=r"^a broke$"):

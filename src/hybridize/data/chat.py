@@ -40,6 +40,40 @@ def render(tokenizer: Any, messages: Sequence[Message]) -> Rendered:
     """
     prompt = _apply(tokenizer, messages[:-1], add_generation_prompt=True)
     whole = _apply(tokenizer, messages, add_generation_prompt=False)
+    return _split(prompt, whole)
+
+
+def render_many(tokenizer: Any, conversations: Sequence[Sequence[Message]], places: Sequence[str]) -> list[Rendered]:
+    """`render` of many conversations, at two calls of the tokenizer, which is faster.
+
+    Args:
+        tokenizer: with a chat template.
+        conversations: each ends with an assistant message.
+        places: where each comes from, for errors.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or it does not take one of them, which is named.
+    """
+    from jinja2.exceptions import TemplateError
+
+    check_chat_template(tokenizer)
+    try:
+        prompts = _apply_to_all(tokenizer, [messages[:-1] for messages in conversations], add_generation_prompt=True)
+        wholes = _apply_to_all(tokenizer, conversations, add_generation_prompt=False)
+        return [_split(prompt, whole) for prompt, whole in zip(prompts, wholes, strict=True)]
+    except (ValueError, TemplateError):
+        for place, messages in zip(places, conversations, strict=True):
+            try:
+                render(tokenizer, messages)
+            except (ValueError, TemplateError) as error:
+                raise ValueError(
+                    f"{place}: the tokenizer's chat template does not take it ({error}); change the "
+                    "line, or use a tokenizer whose template knows such conversations"
+                ) from None
+        raise
+
+
+def _split(prompt: list[int], whole: list[int]) -> Rendered:
     if whole[: len(prompt)] != prompt:
         raise ValueError(
             "tokenizer.chat_template: the prompt alone is not a prefix of prompt plus answer, so the completion "
@@ -64,3 +98,18 @@ def _apply(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: b
         list(messages), tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
     )
     return list(ids)
+
+
+def _apply_to_all(
+    tokenizer: Any, conversations: Sequence[Sequence[Message]], add_generation_prompt: bool
+) -> list[list[int]]:
+    check_chat_template(tokenizer)
+    if not conversations:
+        return []
+    ids = tokenizer.apply_chat_template(
+        [list(messages) for messages in conversations],
+        tokenize=True,
+        add_generation_prompt=add_generation_prompt,
+        return_dict=False,
+    )
+    return [list(one) for one in ids]

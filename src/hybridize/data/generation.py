@@ -184,23 +184,22 @@ class TransformersEngine:
         self._end_tokens = end_tokens_of(model, tokenizer)
 
     def generate(self, requests: Sequence[Request]) -> list[Generated]:
-        """Answer a batch, left-padded; an answer that runs on is cut at its own limit."""
+        """Answer a batch, left-padded; an answer that ends, or comes to its own limit, leaves it."""
         pad = self._tokenizer.pad_token_id
         with torch.inference_mode():
             replies = sample_answers(
                 self._model,
                 [request.input_ids for request in requests],
                 [_key(self._settings.seed, request) for request in requests],
-                max_new_tokens=max(request.max_new_tokens for request in requests),
+                max_new_tokens=[request.max_new_tokens for request in requests],
                 temperature=self._settings.temperature,
                 top_p=self._settings.top_p,
                 end_tokens=self._end_tokens,
                 pad_token=self._end_tokens[0] if pad is None else pad,
             )
-        return [self._finish(reply, request) for reply, request in zip(replies, requests, strict=True)]
+        return [self._finish(reply) for reply in replies]
 
-    def _finish(self, reply: list[int], request: Request) -> Generated:
-        reply = reply[: request.max_new_tokens]
+    def _finish(self, reply: list[int]) -> Generated:
         ended = reply[-1] in self._end_tokens
         return _generated(self._tokenizer, reply[:-1] if ended else reply, ended)
 

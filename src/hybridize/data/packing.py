@@ -9,15 +9,17 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 from typing import Any
 
 import numpy as np
 import torch
 
-from hybridize.data.chat import check_chat_template, render
-from hybridize.data.sources import Conversation, ReadableData, iter_placed
+from hybridize.data.chat import check_chat_template, render_many
+from hybridize.data.sources import ReadableData, iter_placed
 
+_READ_AHEAD = 256  # documents tokenised at a time
 _PATIENCE = 1000  # documents in a row that may be too long before an endless source is given up
 
 PAD_TOKEN = 0
@@ -121,7 +123,8 @@ def pack_rows(data: ReadableData, tokenizer: Any, sequence_length: int, num_rows
     """Pack conversations into rows of whole documents, best fit first.
 
     A pure function of its arguments (and the file). A conversation longer than a row is left out and counted,
-    never cut: a cut trace would lack its answer. If a file has too few tokens, it is gone through again.
+    never cut: a cut trace would lack its answer. Plain text is cut. If a file has too few tokens, it is gone through
+    again.
 
     Args:
         data: where conversations come from.
@@ -140,21 +143,20 @@ def pack_rows(data: ReadableData, tokenizer: Any, sequence_length: int, num_rows
     input_ids: list[np.ndarray] = []
     num_prompts: list[int] = []
     num_tokens, num_dropped, shortest, epochs = 0, 0, None, 1
-    for conversation in iter_placed(data, seed):
-        if not input_ids and (conversation.epoch > 1 or num_dropped >= _PATIENCE):
+    for document in _documents(data, tokenizer, sequence_length, seed):
+        if not input_ids and (document.epoch > 1 or num_dropped >= _PATIENCE):
             raise ValueError(
                 f"sequence_length {sequence_length}: all {num_dropped} conversations seen are longer, the "
                 f"shortest has {shortest} tokens; use at least {shortest}, or shorter conversations"
             )
-        ids, num_prompt_tokens = _tokenize(tokenizer, conversation)
-        epochs = conversation.epoch
-        if len(ids) > sequence_length:
+        epochs = document.epoch
+        if len(document.input_ids) > sequence_length:
             num_dropped += 1
-            shortest = min(shortest or len(ids), len(ids))
+            shortest = min(shortest or len(document.input_ids), len(document.input_ids))
             continue
-        input_ids.append(np.asarray(ids, dtype=np.int32))
-        num_prompts.append(max(num_prompt_tokens, 1))
-        num_tokens += len(ids)
+        input_ids.append(document.input_ids)
+        num_prompts.append(max(document.num_prompt_tokens, 1))
+        num_tokens += len(document.input_ids)
         if num_tokens >= budget_tokens:
             break
     rows = _pack(input_ids, num_prompts, sequence_length, num_dropped, epochs)
@@ -165,21 +167,39 @@ def pack_rows(data: ReadableData, tokenizer: Any, sequence_length: int, num_rows
     return _take(rows, order[:num_rows])
 
 
-def _tokenize(tokenizer: Any, conversation: Conversation) -> tuple[list[int], int]:
-    from jinja2.exceptions import TemplateError
+@dataclass(frozen=True)
+class _Document:
+    """Token ids, how many of them are the prompt's, and in which round through the source they came."""
 
-    if conversation.text is not None:
-        ids = tokenizer(conversation.text, add_special_tokens=False)["input_ids"]
-        ends = [[] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)]
-        return [*ends[0], *ids, *ends[1]], 0
-    try:
-        rendered = render(tokenizer, conversation.messages)
-    except (ValueError, TemplateError) as error:
-        raise ValueError(
-            f"{conversation.place}: the tokenizer's chat template does not take it ({error}); change the "
-            "line, or use a tokenizer whose template knows such conversations"
-        ) from None
-    return rendered.input_ids, rendered.num_prompt_tokens
+    input_ids: np.ndarray
+    num_prompt_tokens: int
+    epoch: int
+
+
+def _documents(data: ReadableData, tokenizer: Any, sequence_length: int, seed: int) -> Iterator[_Document]:
+    """The source's documents in its order, without end; each is tokenised once."""
+    known: dict[str, list[tuple[np.ndarray, int]]] = {}
+    conversations = iter_placed(data, seed)
+    while some := list(islice(conversations, _READ_AHEAD)):
+        new = {c.place: c for c in some if c.place not in known}
+        chats = [c for c in new.values() if c.text is None]
+        rendered = render_many(tokenizer, [c.messages for c in chats], [c.place for c in chats])
+        for chat, one in zip(chats, rendered, strict=True):
+            known[chat.place] = [(np.asarray(one.input_ids, dtype=np.int32), one.num_prompt_tokens)]
+        for c in new.values():
+            if c.text is not None:
+                known[c.place] = [(part, 0) for part in _text_parts(tokenizer, c.text, sequence_length)]
+        for c in some:
+            for ids, num_prompt_tokens in known[c.place]:
+                yield _Document(ids, num_prompt_tokens, c.epoch)
+
+
+def _text_parts(tokenizer: Any, text: str, sequence_length: int) -> list[np.ndarray]:
+    """Plain text as one document; where it is longer than a row, as several."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    begin, end = ([] if token is None else [token] for token in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    whole = np.asarray([*begin, *ids, *end], dtype=np.int32)
+    return [whole[i : i + sequence_length] for i in range(0, len(whole), sequence_length)]
 
 
 def _pack(

@@ -17,9 +17,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jinja2.exceptions import TemplateError
 
-from hybridize.data.chat import check_chat_template, render
+from hybridize.data.chat import render_many
 from hybridize.data.generation import (
     Engine,
     Generated,
@@ -104,7 +103,7 @@ def make_traces(
         stage.max_new_tokens, stage.temperature, stage.top_p, stage.samples_per_prompt, stage.seed
     )
     # What would fail after hours of generation is tried before.
-    rendered = [_render(tokenizer, prompt) for prompt in prompts]
+    rendered = _render(tokenizer, prompts)
     verifier = load_verifier(stage.verifier, prompts)
     try:
         requests = make_requests(rendered, settings, max_positions(model), [prompt.place for prompt in prompts])
@@ -138,17 +137,11 @@ def make_traces(
     return {"prompts": len(prompts), **stats}
 
 
-def _render(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, after a look at whether a trace of it could be rendered for training."""
-    check_chat_template(tokenizer)
-    try:
-        rendered = render(tokenizer, [*prompt.messages, {"role": "assistant", "content": "x"}])
-    except (ValueError, TemplateError) as error:
-        raise ValueError(
-            f"{prompt.place}: the tokenizer's chat template does not take it ({error}); change the row, or use a "
-            "tokenizer whose template knows such conversations"
-        ) from None
-    return rendered.input_ids[: rendered.num_prompt_tokens]
+def _render(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Token ids of each prompt, after a look at whether a trace of it could be rendered for training."""
+    traces = [[*prompt.messages, {"role": "assistant", "content": "x"}] for prompt in prompts]
+    rendered = render_many(tokenizer, traces, [prompt.place for prompt in prompts])
+    return [one.input_ids[: one.num_prompt_tokens] for one in rendered]
 
 
 def _make_engine(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybridize.data.chat import render, render_prompt
+from hybridize.data.chat import render_many
 from hybridize.data.generation import GenerationSettings, Request, TransformersEngine, answer
 from hybridize.data.world import Problem, Verdict, judge
 from hybridize.evaluation.score import PassAtK, Score
@@ -76,11 +76,12 @@ def generate_replies(
     `evaluate_problems`.
     """
     requests, longest = [], 1
-    for number, problem in enumerate(problems):
-        gold = render(tokenizer, problem.messages)
+    places = [f"{problem.task} level {problem.level}" for problem in problems]
+    golds = render_many(tokenizer, [problem.messages for problem in problems], places)
+    for number, gold in enumerate(golds):
         budget = 3 * (len(gold.input_ids) - gold.num_prompt_tokens) // 2 + 16
         longest = max(longest, budget)
-        prompt = render_prompt(tokenizer, problem.messages[:1])
+        prompt = gold.input_ids[: gold.num_prompt_tokens]
         requests += [Request(prompt, budget, number, sample) for sample in range(samples)]
     settings = GenerationSettings(longest, temperature, samples=samples, seed=seed)
     answers = answer(TransformersEngine(model, tokenizer, settings), requests, batch_size, on_progress)

@@ -33,6 +33,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from hybridize.models.configs import SLIDING, WINDOW_ATTENTION, window_config
 from hybridize.models.families import find_family
+from hybridize.models.growing_cache import GrowingLayer
 from hybridize.spec import MixerSpec, SlidingWindowSpec
 
 _BLOCK = 512  # queries of a block
@@ -289,7 +290,7 @@ def _see_cache(
         _, before = layer.get_mask_sizes(hidden_states.shape[1])
         return args, kwargs | {"window_place": (layer.get_seq_length() - before, before)}
     if not layer.is_initialized:
-        if type(layer) is DynamicLayer:
+        if type(layer) in (DynamicLayer, GrowingLayer):
             layers[module.layer_idx] = WindowLayer(module.window)
         elif type(layer) is DynamicSlidingWindowLayer and module.window < layer.sliding_window:
             layers[module.layer_idx] = NarrowedLayer(module.window, layer.sliding_window)

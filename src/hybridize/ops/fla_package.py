@@ -7,6 +7,7 @@ Legend: B batch, L length; S sequences, which are documents or parts of them wit
 
 from functools import cache
 from importlib.util import find_spec
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -36,10 +37,17 @@ def miscompiles_gradients(device: torch.device) -> bool:
     return (3, 4) <= version < (3, 7, 1)
 
 
-def sequence_bounds(starts_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+Bounds = tuple[Tensor, Tensor, Tensor]
+
+_latest: tuple[ReferenceType[Tensor], int, Bounds] | None = None
+
+
+def sequence_bounds(starts_BL: Tensor) -> Bounds:
     """The sequences of a batch laid out as one row, as the kernels take them.
 
-    A row of the batch begins a sequence, whether a document starts there or not.
+    A row of the batch begins a sequence, whether a document starts there or not. All layers of a model ask with the
+    same tensor, and finding the bounds waits for the GPU: so the latest answer is kept. The package, which tells
+    tensors apart by identity too, then keeps what it derives from it.
 
     Args:
         starts_BL: bool, True at the first token of each document.
@@ -47,6 +55,18 @@ def sequence_bounds(starts_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Where each sequence begins, with the end of all, [S + 1]; and each batch row's first and last sequence, [B].
     """
+    global _latest
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or starts_BL.is_inference():
+        return _find_bounds(starts_BL)
+    version: int = starts_BL._version
+    if _latest is not None and _latest[0]() is starts_BL and _latest[1] == version:
+        return _latest[2]
+    bounds = _find_bounds(starts_BL)
+    _latest = ref(starts_BL), version, bounds
+    return bounds
+
+
+def _find_bounds(starts_BL: Tensor) -> Bounds:
     batch, length = starts_BL.shape
     begins_BL = starts_BL.clone()
     begins_BL[:, 0] = True

@@ -1,14 +1,22 @@
 """A cache for generation that writes new keys and values into room set aside, where transformers' copies all it holds.
 
 transformers' `DynamicLayer` makes new tensors of all keys and values at every token, which moves them twice more than
-attention has to. What attention reads is the same, to the last bit.
+attention has to. What attention reads is the same, to the last bit. Nor are all rows moved when some leave.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
+)
 
 _SPARE_TOKENS = 64
 
@@ -37,6 +45,19 @@ class GrowingLayer(DynamicLayer):
         self._value_room, self.values = _append(self._value_room, self.values, value_states, self._num_tokens)
         return self.keys, self.values
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put rows in the order of `beam_idx`, [rows to keep]; those whose place stays the same are not moved."""
+        num_rows, num_tokens = len(beam_idx), self.get_seq_length()
+        if not _is_in(self._key_room, self.keys) or num_rows > len(self.keys):
+            super().reorder_cache(beam_idx)
+            return
+        beam_idx = beam_idx.to(self.keys.device)
+        moved = (beam_idx != torch.arange(num_rows, device=beam_idx.device)).nonzero()[:, 0]
+        for held in (self.keys, self.values):
+            held[moved] = held[beam_idx[moved]]
+        self._key_room, self._value_room = self._key_room[:num_rows], self._value_room[:num_rows]  # type: ignore[index]
+        self.keys, self.values = self._key_room[..., :num_tokens, :], self._value_room[..., :num_tokens, :]
+
     def reset(self) -> None:
         """Forget all, and give the room back."""
         self._key_room = self._value_room = None
@@ -44,18 +65,31 @@ class GrowingLayer(DynamicLayer):
 
 
 def make_cache(config: Any, num_tokens: int | None = None) -> DynamicCache | None:
-    """The cache that `generate` would make for a model, with room to grow; None if no layer keeps all its tokens.
+    """The cache that `generate` would make for a model, with room to grow; None if no layer is attention.
 
     Args:
         config: the model's.
         num_tokens: how many there will be, prompt and answer, if that is known: room for them is set aside at once.
     """
     cache = DynamicCache(config=config)
-    growing = [GrowingLayer(num_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    if growing == cache.layers:
+    if not any(isinstance(layer, DynamicLayer) for layer in cache.layers):
         return None
-    cache.layers = growing
+    cache.layers = [GrowingLayer(num_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def rows_can_leave(cache: DynamicCache) -> bool:
+    """Whether `reorder_cache` can keep some rows of each layer; of kinds of layers not known here, it is not said."""
+    known = (
+        GrowingLayer,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        LinearAttentionLayer,
+        LinearAttentionAndFullAttentionLayer,
+        LinearAttentionAndSlidingWindowAttentionLayer,
+        DummyLayer,
+    )
+    return all(type(layer) in known for layer in cache.layers)
 
 
 def _append(room: Tensor | None, held: Tensor, new: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -64,7 +98,7 @@ def _append(room: Tensor | None, held: Tensor, new: Tensor, num_tokens: int) -> 
     total = num_held + new.shape[-2]
     if (
         room is None
-        or (num_held and held.data_ptr() != room.data_ptr())  # rows were chosen or put in another order
+        or (num_held and not _is_in(room, held))
         or room.shape[:-2] != new.shape[:-2]
         or room.shape[-2] < total
     ):
@@ -74,3 +108,8 @@ def _append(room: Tensor | None, held: Tensor, new: Tensor, num_tokens: int) -> 
             room[..., :num_held, :] = held
     room[..., num_held:total, :] = new
     return room, room[..., :total, :]
+
+
+def _is_in(room: Tensor | None, held: Tensor) -> bool:
+    """Whether what is held is the room's first part, and not a copy: other methods choose or repeat rows in copies."""
+    return room is not None and held.numel() > 0 and held.data_ptr() == room.data_ptr()
