@@ -3,13 +3,15 @@
 # make check  lint, types, import contracts
 # make test-serve  answers of vLLM's CPU build beside transformers', in an environment of its own, .venv-serve
 # Each makes .venv when it is missing. PYTHON=python3.12 make ... picks another interpreter (3.11 or newer);
-# WORKERS=8 make test runs more tests at a time.
+# WORKERS=8 make test runs more tests at a time; SEED= make test draws other random numbers each time.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
+SEED ?= 1
+export HYBRIDIZE_TEST_SEED := $(SEED)
 
 SERVE := .venv-serve
 SERVE_INSTALLED := $(SERVE)/.installed

@@ -1,11 +1,35 @@
 """A tiny teacher with a world tokenizer, and recipes over it that run in seconds."""
 
+import os
 import sys
+import time
+import zlib
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+if os.environ.get("HYBRIDIZE_TEST_SEED"):
+    hypothesis.settings.load_profile("repeatable")
+
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def drawn_seed(request, record_property) -> int:
+    """Seeds torch for a test: by a new number in each run, or by the test's name where HYBRIDIZE_TEST_SEED is set.
+
+    `make test` sets it, so that whoever changes one thing sees that thing's failures; `make test SEED=` does not.
+    """
+    import torch
+
+    run = os.environ.get("HYBRIDIZE_TEST_SEED")
+    seed = zlib.crc32(f"{run} {request.node.nodeid}".encode()) if run else time.time_ns() % 2**31
+    torch.manual_seed(seed)
+    record_property("seed", seed)
+    print(f"seed {seed}")  # pytest shows it when the test fails
+    return seed
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,9 @@ from hybridize.bench.prediction import CachePlan
 from hybridize.bench.scenarios import SHAPES, Scenario
 from hybridize.bench.serving import ServedModel, make_served_config, measure_serving, serving_table
 from hybridize.bench.serving_job import Window, append_record, decode_seconds, graph_sizes
-from hybridize.pipeline.serving_cost import served_shape
+from hybridize.pipeline.serving_cost import layout_shape, served_shape
+from hybridize.spec.layout import LayoutSpec
+from hybridize.spec.mixers import Mamba1Spec, SlidingWindowSpec
 
 SCENARIO = Scenario(1, 96)
 needs_vllm = pytest.mark.skipif(
@@ -90,8 +93,9 @@ def test_what_is_measured_is_not_measured_again(processes, tmp_path):
     measure_serving([model()], [SCENARIO], file)
     with file.open("a") as stream:
         stream.write('{"model": "teach')  # a killed process
-    other = Scenario(64, 96)
-    records = measure_serving([model()], [SCENARIO, other], file)
+    other, told = Scenario(64, 96), []
+    records = measure_serving([model()], [SCENARIO, other], file, on_progress=told.append)
+    assert told[0].startswith("records.jsonl, line 2: not whole")
     assert [job["scenarios"] for job in processes] == [[[1, 96]], [[64, 96]]]
     assert [r["prompt_tokens"] for r in records] == [1, 64]
     measure_serving([model()], [SCENARIO], file, whole=True)  # another way to measure is another record
@@ -158,6 +162,35 @@ def test_folder_of_a_hybrid_is_a_hybrids_config(tmp_path):
     assert [mixer["type"] for mixer in config["mixers"]] == ["attention", "mamba1", "attention", "gated_delta_net"]
     make_served_config(model(), tmp_path / "teacher")
     assert json.loads((tmp_path / "teacher" / "config.json").read_text())["architectures"] == ["MistralForCausalLM"]
+
+
+def test_folder_of_a_hybrid_has_the_mixers_that_it_was_made_with(tmp_path):
+    layout = LayoutSpec.read("amaa", {"m": Mamba1Spec(state_size=32)})
+    make_served_config(replace(model("H", "amaa"), layout=layout), tmp_path / "hybrid")
+    config = json.loads((tmp_path / "hybrid" / "config.json").read_text())
+    assert config["mixers"][1]["state_size"] == 32
+
+
+def test_models_are_served_beyond_the_length_they_were_made_for(processes, tmp_path, monkeypatch):
+    lengths = []
+
+    def note(model, folder, num_tokens):
+        make_served_config(model, folder, num_tokens)
+        lengths.append(json.loads((folder / "config.json").read_text())["max_position_embeddings"])
+
+    monkeypatch.setattr(serving, "make_served_config", note)
+    measure_serving([model(), model("H", "amam")], [Scenario(1, 4096), SCENARIO], tmp_path / "long.jsonl")
+    measure_serving([model()], [SCENARIO], tmp_path / "short.jsonl")
+    assert lengths == [4098, 4098, 1024]
+
+
+def test_windows_of_other_lengths_are_measured_by_themselves(processes, tmp_path):
+    config, file = SHAPES["pocket"], tmp_path / "records.jsonl"
+    for window in (256, 512, 256):
+        layout = LayoutSpec.read("asaa", {"s": SlidingWindowSpec(window=window)})
+        served = ServedModel("H", "asaa", config, layout_shape(config, layout), layout)
+        measure_serving([served], [SCENARIO], file)
+    assert [job["asked"]["windows"] for job in processes] == [[None, 256, None, None], [None, 512, None, None]]
 
 
 def test_steps_are_summed_up_as_a_line_through_the_points():

@@ -1,17 +1,10 @@
-"""Every test of an op draws from a new seed, which is shown when the test fails."""
-
-import time
-from typing import Any
+"""Tests of ops draw from a seed of their own, which is shown when they fail."""
 
 import pytest
-import torch
 
 pytest.register_assert_rewrite("recurrence_checks")
 
 
 @pytest.fixture(autouse=True)
-def _fresh_but_reported_seed(record_property: Any) -> None:
-    seed = time.time_ns() % 2**31
-    torch.manual_seed(seed)
-    record_property("seed", seed)
-    print(f"seed {seed}")  # pytest shows it when the test fails
+def _seeded(drawn_seed: int) -> None:
+    """Every test here."""

@@ -16,6 +16,7 @@ from hybridize.report import (
     Model,
     Ranking,
     ReportData,
+    Serving,
     StageCost,
     TextScore,
     Throughput,
@@ -58,6 +59,33 @@ def test_every_number_of_a_small_run_appears_on_the_page(undrawn):
     ]
     missing = [value for value in expected if not re.search(rf"(?<![\w.]){re.escape(value)}(?!\w)", text)]
     assert not missing
+
+
+def test_speed_in_a_server_says_which_and_where(undrawn):
+    serving = Serving("0.26.0", "NVIDIA H200", "1 to 16k tokens", "as many sequences as the memory holds")
+    speeds = [
+        Throughput(name, rate, 0.99 * rate, 1.01 * rate, sequences, 1, 16384, 3, serving, layout_of)
+        for name, rate, sequences, layout_of in (
+            ("teacher", 1000.0, 30, ""),
+            ("h-12-distill", 3000.0, 74, ""),
+            ("merged", 3000.0, 74, "h-12-distill"),
+        )
+    ]
+    whole = example()
+    data = replace(whole, throughput=(*whole.throughput, *speeds), throughput_notes=("serving.jsonl, line 3: torn",))
+    shown = Page(render_page(data))
+    (frontier,) = [caption for caption in shown.captions if "Up and to the right" in caption]
+    assert "vLLM 0.26.0 on NVIDIA H200, 1 to 16k tokens, as many sequences as the memory holds." in plain(frontier)
+    assert shown.row("Tokens/s in vLLM", "12 of 24")[4:6] == ["3.00 x", "3 000"]
+    (table,) = [table for table in shown.tables if "Slowest–fastest" in table[0]]  # noqa: RUF001
+    rows = [[plain(cell).strip() for cell in row] for row in table]
+    start = rows.index(["vLLM 0.26.0 on NVIDIA H200, 1 to 16k tokens, as many sequences as the memory holds"])
+    assert [row[0] for row in rows[start + 1 :]] == ["teacher", "12 of 24, and 1 more with its layout"]
+    assert rows[start + 2][1:] == ["74", "1", "16 384", "3 000", "2 970-3 030", "3", "3.00 x"]
+    assert ["transformers, batch of 32, 16 prompt and 1,024 new tokens"] in rows
+    assert "serving.jsonl, line 3: torn" in shown.text
+    noted = Page(render_page(replace(EMPTY, throughput_notes=("serving.jsonl, line 3: torn",))))
+    assert "serving.jsonl, line 3: torn" in noted.text
 
 
 def test_the_first_screen_says_the_result_with_its_figures(page):

@@ -15,6 +15,7 @@ from hybridize.report import (
     Model,
     Ranking,
     Score,
+    Serving,
     TextScore,
     Throughput,
     TokenSpend,
@@ -178,6 +179,60 @@ def test_speed_is_relative_to_the_teacher_in_the_same_setting_only():
     assert second.of("a").value == 900.0
     assert second.of("teacher") is None
     assert main_setting(data) == first
+
+
+SERVING = Serving("0.26.0", "NVIDIA H200", "1 to 16k tokens", "as many sequences as the memory holds")
+
+
+def served(model, rate, sequences=30, serving=SERVING, layout_of=""):
+    return Throughput(model, rate, 0.99 * rate, 1.01 * rate, sequences, 1, 16384, 3, serving, layout_of)
+
+
+def test_speed_in_a_server_is_the_frontiers_whatever_else_was_measured():
+    whole = example()
+    in_vllm = (served("teacher", 1000.0), served("h-12-distill", 3000.0, 74), served("h-16-distill", 4500.0, 120))
+    data = replace(whole, throughput=(*whole.throughput, *in_vllm))
+    setting = main_setting(data)
+    assert len(setting.speeds) < max(len(other.speeds) for other in settings(data))
+    assert plain(str(setting)) == ("vLLM 0.26.0 on NVIDIA H200, 1 to 16k tokens, as many sequences as the memory holds")
+    place = frontier(data)
+    assert {point.model.name: point.x for point in place.points} == {
+        "teacher": 1.0,
+        "h-12-distill": 3.0,
+        "h-16-distill": 4.5,
+    }
+    assert plain(place.label) == "throughput in vLLM, x the teacher's; 1 to 16k tokens, NVIDIA H200"
+    told = sentence(replace(data, result="h-12-distill"))
+    assert "generates 3.00 x as many tokens per second in vLLM (1 to 16k tokens, NVIDIA H200)" in told
+    assert "Speed in vLLM" in console_text(data, width=150)
+    alone = replace(whole, throughput=(*whole.throughput, served("teacher", 1000.0)))
+    assert main_setting(alone) == main_setting(whole), "a teacher by itself compares nothing"
+    assert frontier(alone) == frontier(whole)
+
+
+def test_servers_that_differ_in_anything_are_not_compared():
+    others = [
+        replace(SERVING, device="NVIDIA H100"),
+        replace(SERVING, version="0.32.0"),
+        replace(SERVING, options=("states in bfloat16",)),
+        replace(SERVING, scenario="1k to 16k tokens"),
+    ]
+    speeds = (served("teacher", 100.0), *(served("a", 200.0, serving=other) for other in others))
+    found = settings(replace(EMPTY, throughput=speeds))
+    assert [setting.is_relative for setting in found] == [True, False, False, False, False]
+    assert plain(found[1].unit) == "throughput in vLLM, tokens per second"
+
+
+def test_models_that_stand_for_a_layout_are_counted_with_those_that_have_it():
+    speeds = (
+        served("teacher", 100.0),
+        served("a", 200.0),
+        served("b", 200.0, layout_of="a"),
+        served("c", 200.0, layout_of="a"),
+    )
+    (setting,) = settings(replace(EMPTY, throughput=speeds))
+    assert setting.measured == {"teacher": 0, "a": 2}
+    assert setting.of("c").value == 2.0
 
 
 def test_suites_keep_different_questions_apart():

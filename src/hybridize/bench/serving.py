@@ -22,6 +22,8 @@ from typing import Any
 from hybridize.bench.prediction import GPUS, Gpu, ServedShape, predict
 from hybridize.bench.scenarios import TEACHER, Scenario
 from hybridize.bench.serving_job import SHORTEST_SPAN
+from hybridize.bench.serving_records import read_records
+from hybridize.spec.layout import LayoutSpec
 
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -44,12 +46,14 @@ class ServedModel:
         word: its layout, one letter per layer.
         config: the teacher's.
         shape: its sizes.
+        layout: its mixers, where they are not what the letters stand for by default.
     """
 
     name: str
     word: str
     config: Mapping[str, Any]
     shape: ServedShape
+    layout: LayoutSpec | None = None
 
 
 def measure_serving(
@@ -116,9 +120,11 @@ def measure_serving(
         raise ImportError("bench serve: vllm is not installed; pip install 'hybridize[serve]'")
     tell = on_progress or (lambda _: None)
     method = "whole" if whole else "sampled"
+    for note in read_records(records_file)[1]:
+        tell(note)
     records = []
     for model in models:
-        asked = {
+        asked: dict[str, Any] = {
             "utilization": utilization,
             "max_sequences": max_sequences,
             "state_dtype": state_dtype,
@@ -126,7 +132,10 @@ def measure_serving(
             "weight_bytes": model.shape.weight_bytes,
             "state_bytes": sum(model.shape.states),
         }
-        missing = [s for s in scenarios if not _find(_read(records_file), model, s, method, asked)]
+        if any(model.shape.windows):
+            asked["windows"] = list(model.shape.windows)
+        done = read_records(records_file)[0]
+        missing = [s for s in scenarios if not _find(done, model, s, method, asked)]
         if only is not None and model.name not in only:
             missing = []
         failed = None
@@ -151,7 +160,7 @@ def measure_serving(
             records_file.parent.mkdir(parents=True, exist_ok=True)
             failed = _run(settings, model, records_file.with_suffix(f".{model.name}.log"), timeout_seconds)
             tell(f"{model.name}: {failed or 'done'}")
-        done = _read(records_file)
+        done = read_records(records_file)[0]
         found = [_find(done, model, scenario, method, asked) for scenario in scenarios]
         records += [record | _prediction(record, model.shape) for record in found if record]
         if failed:
@@ -197,7 +206,7 @@ def _run(settings: dict[str, Any], model: ServedModel, log: Path, timeout: float
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch, "model")
         job = Path(scratch, "job.json")
-        make_served_config(model, folder)
+        make_served_config(model, folder, max(prompt + new for prompt, new in settings["scenarios"]) + 1)
         job.write_text(json.dumps(settings | {"folder": str(folder)}))
         command = [sys.executable, "-m", "hybridize.bench.serving_job", str(job)]
         with log.open("w") as stream:
@@ -220,20 +229,30 @@ def _reason(text: str, code: int) -> str:
     return lines[-1][:500] if lines else f"ended with code {code}"
 
 
-def make_served_config(model: ServedModel, folder: Path) -> None:
-    """Write the folder of a model without weights: its config alone."""
+def make_served_config(model: ServedModel, folder: Path, num_tokens: int = 0) -> None:
+    """Write the folder of a model without weights: its config alone.
+
+    Args:
+        model: to be served.
+        folder: to be made.
+        num_tokens: of a sequence. A model that was made for shorter ones is served nonetheless: speed does not depend
+            on it.
+    """
     from transformers import AutoConfig
 
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(dict(model.config)))
+    fields = dict(model.config)
+    if fields.get("max_position_embeddings", num_tokens) < num_tokens:
+        fields["max_position_embeddings"] = num_tokens
+    (folder / "config.json").write_text(json.dumps(fields))
     if set(model.word) == {"a"}:
         return
     from hybridize.models import geometry_of
     from hybridize.models.surgery import hybrid_config_of
-    from hybridize.spec import LayoutSpec
 
     config = AutoConfig.from_pretrained(folder)
-    layout = LayoutSpec.read(model.word, place=f"--layout {model.name}").resolve(geometry_of(config))
+    written = model.layout or LayoutSpec.read(model.word, place=f"--layout {model.name}")
+    layout = written.resolve(geometry_of(config))
     hybrid_config_of(config, layout).save_pretrained(folder)
 
 
@@ -246,17 +265,6 @@ def _prediction(record: Mapping[str, Any], shape: ServedShape) -> dict[str, Any]
     gpu = Gpu(record["memory_bytes"], 1e9 * record["copy_gb_per_s"], known.flops, step_tokens)
     scenario = Scenario(record["prompt_tokens"], record["new_tokens"])
     return {"predicted": asdict(predict(shape, gpu, scenario, utilization=record["utilization"]))}
-
-
-def _read(file: Path) -> list[dict[str, Any]]:
-    """The records of earlier calls; a line that a killed process left unfinished does not count."""
-    records = []
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
 
 
 def _find(

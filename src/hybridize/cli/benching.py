@@ -1,9 +1,12 @@
 """Verbs that measure speed alone, whatever the weights: `bench kernels`, `bench serve`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from hybridize.bench.serving import ServedModel
 
 bench = typer.Typer(
     name="bench",
@@ -74,8 +77,19 @@ def kernels(
 @bench.command()
 def serve(
     out: Annotated[
-        Path, typer.Option(help="A file of JSON lines to add records to; what is in it is not measured again.")
-    ] = Path("serving.jsonl"),
+        Path | None,
+        typer.Option(
+            help="A file of JSON lines to add records to; what is in it is not measured again. By default "
+            "serving.jsonl, with --run in that folder."
+        ),
+    ] = None,
+    run_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            help="Output folder of `hybridize run`: its teacher and each layout of its judged models, for its report.",
+        ),
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Folder or name on the hub, of which the config is read; or a shape: apriel-15b.")
     ] = None,
@@ -109,32 +123,23 @@ def serve(
     small: Annotated[bool, typer.Option("--small", help="A pocket shape and short scenarios, for a CPU.")] = False,
 ) -> None:
     """Measure teacher and hybrids in vLLM, with random weights: sequences held, decode steps, tokens per second."""
-    from hybridize.bench.scenarios import (
-        PAPER_LAYOUTS,
-        SCENARIOS,
-        SMALL_LAYOUTS,
-        SMALL_SCENARIOS,
-        read_layouts,
-        read_scenarios,
-    )
-    from hybridize.bench.serving import ServedModel, measure_serving, serving_table
-    from hybridize.pipeline.serving_cost import read_serving_teacher, served_shape
+    from hybridize.bench.scenarios import SCENARIOS, SMALL_SCENARIOS, read_scenarios
+    from hybridize.bench.serving import measure_serving, serving_table
+    from hybridize.bench.serving_records import SERVING_FILE
     from hybridize.spec.base import choose
 
-    config = read_serving_teacher(teacher or ("pocket" if small else "apriel-15b"))
-    layouts = read_layouts(layout or [], SMALL_LAYOUTS if small else PAPER_LAYOUTS, config["num_hidden_layers"])
-    names = [choose("--only", name, layouts) for name in only or layouts]
-    rest = [name for name in layouts if name not in names]
-    models = [
-        ServedModel(
-            name, layouts[name], config, served_shape(config, layouts[name], state_dtype=state_dtype, place="--layout")
-        )
-        for name in names + rest
-    ]
+    if run_folder is None:
+        known = _given_models(teacher, layout, small, state_dtype)
+    elif teacher or layout:
+        raise ValueError("--run: it says the teacher and the layouts; leave out --teacher and --layout")
+    else:
+        known = _models_of_run(run_folder, state_dtype)
+    names = [choose("--only", name, known) for name in only or known]
+    rest = [name for name in known if name not in names]
     records = measure_serving(
-        models,
+        [known[name] for name in names + rest],
         read_scenarios(scenario or []) or (SMALL_SCENARIOS if small else SCENARIOS),
-        out,
+        out or (run_folder or Path()) / SERVING_FILE,
         only=names,
         whole=whole,
         repeats=repeats,
@@ -149,3 +154,29 @@ def serve(
     typer.echo(serving_table(records))
     if any("error" in record for record in records):
         raise typer.Exit(1)
+
+
+def _given_models(
+    teacher: str | None, layout: list[str] | None, small: bool, state_dtype: str
+) -> dict[str, "ServedModel"]:
+    """The teacher and the layouts that were asked for, by name."""
+    from hybridize.bench.scenarios import PAPER_LAYOUTS, SMALL_LAYOUTS, read_layouts
+    from hybridize.bench.serving import ServedModel
+    from hybridize.pipeline.serving_cost import read_serving_teacher, served_shape
+
+    config = read_serving_teacher(teacher or ("pocket" if small else "apriel-15b"))
+    layouts = read_layouts(layout or [], SMALL_LAYOUTS if small else PAPER_LAYOUTS, config["num_hidden_layers"])
+    return {
+        name: ServedModel(name, word, config, served_shape(config, word, state_dtype=state_dtype, place="--layout"))
+        for name, word in layouts.items()
+    }
+
+
+def _models_of_run(run_folder: Path, state_dtype: str) -> dict[str, "ServedModel"]:
+    """The teacher and the layouts of a run's judged models, by name; what is left out goes to standard error."""
+    from hybridize.pipeline.served import served_models
+
+    models, notes = served_models(run_folder, state_dtype)
+    for note in notes:
+        typer.echo(note, err=True)
+    return {model.name: model for model in models}

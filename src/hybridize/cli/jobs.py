@@ -26,7 +26,7 @@ def run(
     spec = load_recipe(recipe)
     artifacts = run_recipe(spec, jobs=jobs)
     finished = {name: a for name, a in artifacts.items() if a.manifest["kind"] != "report"}
-    _print(console_summary(collect(spec, check_against_teacher(spec), finished)))
+    _print(console_summary(collect(spec, check_against_teacher(spec), finished, run=spec.output_folder)))
     for artifact in artifacts.values():
         if artifact.manifest["kind"] == "report":
             typer.echo(f"report: {artifact.folder / artifact.metrics['page']}")

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
@@ -19,6 +18,15 @@ from transformers.cache_utils import (
 )
 
 _SPARE_TOKENS = 64
+
+_LETS_ROWS_LEAVE = {
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    getattr(cache_utils, "DummyLayer", DynamicLayer),  # of layers that hold nothing, in newer transformers
+}
 
 
 class GrowingLayer(DynamicLayer):
@@ -61,7 +69,8 @@ class GrowingLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget all, and give the room back."""
         self._key_room = self._value_room = None
-        super().reset()
+        self.keys = self.values = None
+        self.is_initialized = False
 
 
 def make_cache(config: Any, num_tokens: int | None = None) -> DynamicCache | None:
@@ -80,16 +89,7 @@ def make_cache(config: Any, num_tokens: int | None = None) -> DynamicCache | Non
 
 def rows_can_leave(cache: DynamicCache) -> bool:
     """Whether `reorder_cache` can keep some rows of each layer; of kinds of layers not known here, it is not said."""
-    known = (
-        GrowingLayer,
-        DynamicLayer,
-        DynamicSlidingWindowLayer,
-        LinearAttentionLayer,
-        LinearAttentionAndFullAttentionLayer,
-        LinearAttentionAndSlidingWindowAttentionLayer,
-        DummyLayer,
-    )
-    return all(type(layer) in known for layer in cache.layers)
+    return all(type(layer) in {GrowingLayer, *_LETS_ROWS_LEAVE} for layer in cache.layers)
 
 
 def _append(room: Tensor | None, held: Tensor, new: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:

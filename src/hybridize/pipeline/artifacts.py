@@ -90,8 +90,14 @@ def fingerprint_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def read_artifact(folder: Path, key: str | None = None) -> Artifact | None:
+def read_artifact(folder: Path, key: str | None = None, may_lack: str | None = None) -> Artifact | None:
     """A finished stage's artifact, if the folder holds one (made from `key`, if one is given).
+
+    Args:
+        folder: where it is.
+        key: what it must have been made from.
+        may_lack: suffix of files that need not be there, for who does not read them: `.safetensors`, weights that were
+            left on another machine.
 
     Raises:
         ValueError: a file of it is missing, truncated or edited; names the file and the remedy.
@@ -110,6 +116,8 @@ def read_artifact(folder: Path, key: str | None = None) -> Artifact | None:
         return None
     for name, facts in recorded.items():
         part = folder / name
+        if part.suffix == may_lack and not part.exists():
+            continue
         if not part.is_file():
             raise ValueError(f"{part}: is missing, though {MANIFEST} lists it; remove {folder} and run again")
         if part.stat().st_size != facts["bytes"] or fingerprint_file(part) != facts["sha256"]:

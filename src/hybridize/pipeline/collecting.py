@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 from hybridize.importance import METHODS, load_ranking, load_search
 from hybridize.pipeline.artifacts import Artifact, library_versions
 from hybridize.pipeline.searches import measured_losses, show_search
+from hybridize.pipeline.speeds import collect_speeds
 from hybridize.pipeline.stages import METRICS_FILE, RANKING_FILE, SEARCH_FILE
 from hybridize.pipeline.stages.training import loss_of
 from hybridize.report import (
@@ -25,7 +28,6 @@ from hybridize.report import (
     Search,
     StageCost,
     TextScore,
-    Throughput,
     TokenSpend,
     Traces,
 )
@@ -43,13 +45,14 @@ from hybridize.spec.stages import (
     MergeStage,
     OnPolicyStage,
     RankStage,
+    ScheduleStage,
     SearchStage,
     SftStage,
     StageSpec,
     TextStage,
-    ThroughputStage,
     TracesStage,
     TrainStage,
+    distilled_name,
 )
 
 _LOSSES: dict[type[TrainStage], tuple[str, str]] = {
@@ -77,8 +80,9 @@ def collect(
     artifacts: Mapping[str, Artifact],
     title: str | None = None,
     stale: Mapping[str, str] | None = None,
+    run: Path | None = None,
 ) -> ReportData:
-    """Everything that finished stages have to tell.
+    """Everything that finished stages have to tell, and what was measured in vLLM.
 
     Args:
         written: the recipe as its author wrote it.
@@ -86,17 +90,40 @@ def collect(
         artifacts: finished stages by name.
         title: of the report.
         stale: what the next run would do anew, and why, by stage.
+        run: the folder, for its `serving.jsonl`; None: it is not looked for.
     """
-    return _Study(expand(written, num_layers), num_layers, artifacts, stale or {}).data(written, title)
+    recipe = expand(written, num_layers)
+    study = _Study(recipe, num_layers, artifacts, stale or {}, series_of(written, num_layers))
+    speeds, notes = collect_speeds(recipe, num_layers, artifacts, run)
+    return replace(study.data(written, title), throughput=tuple(speeds), throughput_notes=notes)
+
+
+def series_of(written: RecipeSpec, num_layers: int) -> dict[str, str]:
+    """What each schedule is called, its label or else its name, by the stages that it stands for."""
+    schedules = [stage for stage in written.stages if isinstance(stage, ScheduleStage)]
+    labels = [schedule.label for schedule in schedules]
+    series: dict[str, str] = {}
+    for schedule in schedules:
+        called = schedule.label if labels.count(schedule.label) == 1 else ""
+        for count in schedule.counts(num_layers):
+            names = [f"{schedule.name}-{count}-{kind}" for kind in ("rank", "convert", "fit")]
+            series |= dict.fromkeys([*names, distilled_name(schedule, count)], called or schedule.name)
+    return series
 
 
 class _Study:
     """A run: its stages that have finished, and how they descend from one another."""
 
     def __init__(
-        self, recipe: RecipeSpec, num_layers: int, artifacts: Mapping[str, Artifact], stale: Mapping[str, str]
+        self,
+        recipe: RecipeSpec,
+        num_layers: int,
+        artifacts: Mapping[str, Artifact],
+        stale: Mapping[str, str],
+        series: Mapping[str, str],
     ) -> None:
         self.recipe, self.num_layers, self.artifacts, self.stale = recipe, num_layers, artifacts, stale
+        self.series = series
         self.stages: dict[str, Any] = {stage.name: stage for stage in recipe.stages}
 
     def data(self, written: RecipeSpec, title: str | None) -> ReportData:
@@ -117,7 +144,6 @@ class _Study:
             memory=tuple(self._memory(converts)),
             costs=tuple(self._costs()),
             models=tuple(self._models()),
-            throughput=tuple(self._throughput()),
             harness=tuple(self._harness()),
             texts=tuple(self._texts()),
             traces=tuple(self._traces()),
@@ -165,7 +191,8 @@ class _Study:
             if stage.kind in MODEL_KINDS and stage.name in measured:
                 spent = tuple(TokenSpend(name, tokens) for name, tokens in self._spent(stage.name).items())
                 mixers = sum(mixer != "attention" for mixer in self._layout(stage.name))
-                yield Model(stage.name, self._label(stage.name), mixers, spent, self._is_control(stage.name))
+                control, series = self._is_control(stage.name), self.series.get(stage.name, "")
+                yield Model(stage.name, self._label(stage.name), mixers, spent, control, series)
 
     def _spent(self, model: str) -> dict[str, int]:
         """Tokens trained on by each stage on a model's way from the teacher; a common trunk counts once."""
@@ -181,20 +208,48 @@ class _Study:
     def _rankings(self) -> list[Ranking]:
         """Each ranking with what it chose; the controls that every ranking carries come after those of its stage."""
         found: list[Ranking] = []
-        for stage in self._done(RankStage):
-            ranking = load_ranking(self.artifacts[stage.name].folder / RANKING_FILE)
-            users = [s for s in self._done(ConvertStage) if s.ranking == stage.name]
-            count = users[0].num_layers if users else None
-            replaced = [i for i, mixer in enumerate(self._layout(stage.model)) if mixer != "attention"]
-            group = f"{len(replaced) + count} of {self.num_layers} layers" if count else ""
-            found.append(self._shown(ranking, ranking, count, group, replaced, stage))
-            mine = [entry.method for entry in found if entry.stage == group]
-            found += [
-                self._shown(control, ranking, count, group, replaced, None)
-                for name, control in ranking.controls.items()
-                if name not in mine
-            ]
+        stages, details = list(self._done(RankStage)), self._ranking_details()
+        counts = {stage.name: self._ranking_count(stage.name) for stage in stages}
+        replaced = {
+            stage.name: [i for i, mixer in enumerate(self._layout(stage.model)) if mixer != "attention"]
+            for stage in stages
+        }
+        totals = {name: len(replaced[name]) + count for name, count in counts.items() if count}
+        alone = {total for name, total in totals.items() if name not in self.series}
+        named = len(set(self.series.values())) > 1 or any(totals.get(name) in alone for name in self.series)
+        groups = {name: f"{total} of {self.num_layers} layers" for name, total in totals.items()}
+        if named:
+            groups |= {name: f"{self.series[name]}, {group}" for name, group in groups.items() if name in self.series}
+        known = {(groups.get(stage.name, ""), stage.method) for stage in stages}
+        for stage in stages:
+            name, series = stage.name, self.series.get(stage.name, "")
+            ranking = load_ranking(self.artifacts[name].folder / RANKING_FILE)
+            group = groups.get(name, "")
+            shown = partial(self._shown, ranking=ranking, count=counts[name], group=group, replaced=replaced[name])
+            method = shown(ranking, stage=stage)
+            found.append(replace(method, series=series, detail=details.get(name, "")))
+            carried = {rule: control for rule, control in ranking.controls.items() if (group, rule) not in known}
+            known |= {(group, rule) for rule in carried}
+            found += [replace(shown(control, stage=None), series=series) for control in carried.values()]
         return found
+
+    def _ranking_count(self, ranking: str) -> int | None:
+        """How many layers the first conversion by it replaced; None if there is none."""
+        return next((s.num_layers for s in self._done(ConvertStage) if s.ranking == ranking), None)
+
+    def _ranking_details(self) -> dict[str, str]:
+        """Of rankings outside of series, what tells apart those by one method: mixer and init, or else the name."""
+        details: dict[str, str] = {}
+        alone = [s for s in self._done(RankStage) if s.name not in self.series and not METHODS[s.method].is_control]
+        for method in {stage.method for stage in alone}:
+            alike = [stage for stage in alone if stage.method == method]
+            facts = [(str(stage.mixer.type).replace("_", " "), str(stage.init)) for stage in alike]
+            differ = [index for index, values in enumerate(zip(*facts, strict=True)) if len(set(values)) > 1]
+            texts = [", ".join(fact[index] for index in differ) for fact in facts]
+            if len(set(texts)) < len(alike) > 1:
+                texts = [stage.name for stage in alike]
+            details |= dict(zip([stage.name for stage in alike], texts, strict=True))
+        return details
 
     def _shown(
         self, rule: Any, ranking: Any, count: int | None, group: str, replaced: list[int], stage: RankStage | None
@@ -232,6 +287,7 @@ class _Study:
                 is_control=self._is_control(stage.name),
                 unit=unit,
                 kind=kind,
+                series=self.series.get(stage.name, ""),
             )
 
     def _evaluations(self) -> Iterator[Evaluation]:
@@ -271,12 +327,15 @@ class _Study:
         """The teacher's cache, and that of each number of replaced layers."""
         seen: set[tuple[int, int]] = set()
         for convert in converts:
+            series = self.series.get(convert.name, "")
             memory = self.artifacts[convert.name].metrics["memory"]
             for key, label, model in (("teacher", "teacher", TEACHER), ("hybrid", self._size_label(convert), "")):
                 size = memory[key]
                 if (size["kv_per_token"], size["state"]) not in seen:
                     seen.add((size["kv_per_token"], size["state"]))
-                    yield CacheMemory(label, size["kv_per_token"], size["state"], model or self._shown_as(convert))
+                    mine = "" if model else series
+                    named = model or self._shown_as(convert)
+                    yield CacheMemory(label, size["kv_per_token"], size["state"], named, mine)
 
     def _shown_as(self, convert: ConvertStage) -> str:
         """The model under which a conversion's cache is shown: the one that the report is about, if it has that."""
@@ -285,21 +344,10 @@ class _Study:
         return result if converts and converts[-1].name == convert.name else convert.name
 
     def _size_label(self, convert: ConvertStage) -> str:
-        return f"{sum(mixer != 'attention' for mixer in self._layout(convert.name))} of {self.num_layers} replaced"
-
-    def _throughput(self) -> Iterator[Throughput]:
-        for stage in self._done(ThroughputStage):
-            metrics = self.artifacts[stage.name].metrics
-            yield Throughput(
-                stage.model,
-                metrics["tokens_per_second"],
-                metrics["tokens_per_second_min"],
-                metrics["tokens_per_second_max"],
-                stage.batch_size,
-                stage.prompt_tokens,
-                stage.new_tokens,
-                stage.repeats,
-            )
+        several = len(set(self.series.values())) > 1
+        series = f"{self.series[convert.name]}, " if several and convert.name in self.series else ""
+        mixers = sum(mixer != "attention" for mixer in self._layout(convert.name))
+        return f"{series}{mixers} of {self.num_layers} replaced"
 
     def _harness(self) -> Iterator[HarnessScore]:
         for stage in self._done(HarnessStage):

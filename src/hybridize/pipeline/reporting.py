@@ -1,17 +1,25 @@
 """Write the report of a run, during it or from what it left behind."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from hybridize.pipeline.artifacts import Artifact, digest_of, fingerprint_model, make_artifact, read_artifact
+from hybridize.bench.serving_records import SERVING_FILE
+from hybridize.pipeline.artifacts import (
+    Artifact,
+    digest_of,
+    fingerprint_file,
+    fingerprint_model,
+    make_artifact,
+    read_artifact,
+)
 from hybridize.pipeline.collecting import collect
 from hybridize.pipeline.runner import outside_inputs
+from hybridize.pipeline.served import read_run
 from hybridize.pipeline.stages import spec_for_key
 from hybridize.report import write_report
 from hybridize.spec.expansion import expand
-from hybridize.spec.recipe import RecipeSpec, parse_recipe
+from hybridize.spec.recipe import RecipeSpec
 from hybridize.spec.stages import ReportStage, StageSpec
 
 
@@ -25,7 +33,7 @@ def make_report(
     anew: bool = False,
     stale: Mapping[str, str] | None = None,
 ) -> Artifact:
-    """Write the page and its pictures into a folder of the run, unless they stand.
+    """Write the page and its pictures into a folder of the run, unless they stand, made from the same.
 
     Args:
         stage: gives the folder's name and the title.
@@ -37,6 +45,8 @@ def make_report(
         stale: what the next run would do anew, and why, by stage.
     """
     inputs = {name: artifact.digest for name, artifact in artifacts.items()}
+    if (output / SERVING_FILE).is_file():
+        inputs[SERVING_FILE] = fingerprint_file(output / SERVING_FILE)
     facts = {"kind": "report", "recipe": written.model_dump(mode="json"), "inputs": inputs}
     key = digest_of(facts | ({"stale": dict(stale)} if stale else {}))
     folder = output / stage.name
@@ -50,7 +60,7 @@ def make_report(
         spec=stage.model_dump(mode="json"),
         inputs=inputs,
         work=lambda partial: {
-            "page": write_report(partial, collect(written, num_layers, artifacts, stage.title, stale)).name
+            "page": write_report(partial, collect(written, num_layers, artifacts, stage.title, stale, output)).name
         },
         replace=True,
     )
@@ -61,25 +71,18 @@ def rewrite_report(run: Path) -> Path:
 
     A stage's folder that was made from other settings than those of the recipe last run, or from results that were
     replaced since, is left out. One whose data, teacher or other files changed since it ran is shown, and called stale,
-    and so is what was made from it; what is no longer there is not compared.
+    and so is what was made from it; what is no longer there is not compared. Weights need not be there.
 
     Raises:
         ValueError: the folder holds no run, or a result in it is damaged.
     """
-    file = run / "recipe.json"
-    if not file.is_file():
-        raise ValueError(f"{run}: it holds no recipe.json, so it is no run; give the output folder of `hybridize run`")
-    try:
-        facts = json.loads(file.read_text())
-        written, num_layers = parse_recipe(facts["recipe"]), int(facts["num_layers"])
-        recipe = expand(written, num_layers)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: it is damaged ({error}); run the recipe again") from None
+    written, num_layers = read_run(run)
+    recipe = expand(written, num_layers)
     artifacts: dict[str, Artifact] = {}
     stale: dict[str, str] = {}
     teacher_print = _known_fingerprint(recipe.teacher)
     for stage in recipe.stages:
-        artifact = read_artifact(run / stage.name)
+        artifact = read_artifact(run / stage.name, may_lack=".safetensors")
         if artifact is not None and not isinstance(stage, ReportStage) and _is_of(stage, artifact, artifacts):
             artifacts[stage.name] = artifact
             changes = [

@@ -44,9 +44,26 @@ def served_shape(
     Raises:
         ValueError: a letter stands for nothing, or a mixer's sizes do not fit the teacher's.
     """
+    layout = LayoutSpec.read(word, place=place)
+    return layout_shape(config, layout, dtype_bytes=dtype_bytes, state_dtype=state_dtype, place=place)
+
+
+def layout_shape(
+    config: Mapping[str, Any],
+    layout: LayoutSpec,
+    *,
+    dtype_bytes: int = 2,
+    state_dtype: str = "float32",
+    place: str = "layout",
+) -> ServedShape:
+    """The same of a layout whose mixers may have sizes of their own.
+
+    Raises:
+        ValueError: a mixer's sizes do not fit the teacher's.
+    """
     choose("--state-dtype", state_dtype, _STATE_DTYPES)
     sizes = LayerSizes(config, dtype_bytes, state_dtype)
-    layers = LayoutSpec.read(word, place=place).resolve(sizes.teacher.geometry, place).layers
+    layers = layout.resolve(sizes.teacher.geometry, place).layers
     return sizes.together([(1, sizes.of(spec)) for spec in layers])
 
 

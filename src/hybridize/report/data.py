@@ -40,6 +40,7 @@ class Model:
         tokens: what each stage on its way from the teacher trained on, its own stage included, in order. A stage
             that two parents share (the trunk of a merge) stands once.
         is_control: whether the model is there to be beaten.
+        series: of models that differ in their number of mixer layers, what it is called; empty if it is in none.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Model:
     num_mixers: int | None = None
     tokens: tuple[TokenSpend, ...] = ()
     is_control: bool = False
+    series: str = ""
 
     def __post_init__(self) -> None:
         stages = [spend.stage for spend in self.tokens]
@@ -90,6 +92,7 @@ class ReportData:
         result: name of the model that the first sentence is about; by default the last one judged that is neither
             the teacher, a control nor untrained.
         stale: stages whose results were made from what has changed since, and what that is, in words.
+        throughput_notes: measurements of speed that were left out, and why, in words.
     """
 
     title: str
@@ -112,6 +115,7 @@ class ReportData:
     searches: tuple[Search, ...] = ()
     result: str = ""
     stale: Mapping[str, str] = field(default_factory=dict)
+    throughput_notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for ranking in self.rankings:

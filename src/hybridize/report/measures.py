@@ -21,6 +21,8 @@ class Ranking:
         stage: what this ranking was made for, e.g. `4 of 16 layers`; rankings of one stage are shown together.
         paper: where the method comes from.
         replaced: layers that were mixers already when the ranking was made.
+        series: of the models that it was made for; empty if it is in none.
+        detail: what tells it apart from others by its method, e.g. `mamba2, neutral`; empty if nothing need.
     """
 
     method: str
@@ -34,6 +36,8 @@ class Ranking:
     stage: str = ""
     paper: str = ""
     replaced: tuple[int, ...] = ()
+    series: str = ""
+    detail: str = ""
 
     def __post_init__(self) -> None:
         for name in ("order", "chosen", "replaced"):
@@ -51,6 +55,16 @@ class Ranking:
                 f"ranking {self.method!r}: {len(self.before)} values before training for {len(self.scores)} scores; "
                 "give one per layer, None where unknown"
             )
+
+    @property
+    def rule(self) -> str:
+        """Its method, with what tells it apart."""
+        return f"{self.method}, {self.detail}" if self.detail else self.method
+
+    @property
+    def title(self) -> str:
+        """Its name among others: what it was made for, and its rule."""
+        return f"{self.stage}: {self.rule}" if self.stage else self.rule
 
     @property
     def is_scored(self) -> bool:
@@ -81,6 +95,7 @@ class LossCurve:
         unit: of the loss: `nat/token`; for the fit of a layer `of the output's variance`.
         kind: what the loss is, e.g. `distillation`, `SFT`, `on-policy distillation`, `fit`. Curves that differ in
             kind or unit are drawn in panels of their own.
+        series: of the model; empty if it is in none.
     """
 
     name: str
@@ -91,6 +106,7 @@ class LossCurve:
     is_control: bool = False
     unit: str = "nat/token"
     kind: str = "distillation"
+    series: str = ""
 
     def __post_init__(self) -> None:
         if not len(self.steps) == len(self.losses) == len(self.tokens):
@@ -169,6 +185,31 @@ class HarnessScore:
 
 
 @dataclass(frozen=True)
+class Serving:
+    """How a server was run: speeds under the same are comparable.
+
+    Attributes:
+        version: of the engine.
+        device: what it ran on, e.g. a GPU's name.
+        scenario: what each sequence reads and writes, in words, e.g. `1 to 16k tokens`.
+        crowd: how many sequences at a time, in words.
+        options: what else was asked for, in words.
+        engine: its name.
+    """
+
+    version: str
+    device: str
+    scenario: str
+    crowd: str
+    options: tuple[str, ...] = ()
+    engine: str = "vLLM"
+
+    def __str__(self) -> str:
+        parts = (f"{self.engine} {self.version} on {self.device}", self.scenario, self.crowd, *self.options)
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
 class Throughput:
     """How fast a model generates.
 
@@ -181,6 +222,8 @@ class Throughput:
         prompt_tokens: length of each prompt.
         new_tokens: generated for each.
         repeats: how many measurements.
+        serving: the server that it was measured in; None: the run's own stage did.
+        layout_of: the model that stands for its layout, if what was measured is the layout and another has it too.
     """
 
     model: str
@@ -191,6 +234,8 @@ class Throughput:
     prompt_tokens: int
     new_tokens: int
     repeats: int
+    serving: Serving | None = None
+    layout_of: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.low <= self.tokens_per_second <= self.high:
@@ -287,12 +332,14 @@ class CacheMemory:
         kv_bytes_per_token: of all its attention layers.
         state_bytes_per_sequence: of all its mixers.
         model: the model's name; by default its label.
+        series: of the model; empty if it is in none.
     """
 
     label: str
     kv_bytes_per_token: int
     state_bytes_per_sequence: int
     model: str = ""
+    series: str = ""
 
     @property
     def key(self) -> str:

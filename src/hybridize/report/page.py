@@ -115,6 +115,8 @@ def _context(data: ReportData, drawn: Mapping[str, Plot]) -> dict[str, Any]:
         "settings": settings(data),
         "ranking_groups": ranking_groups(data.rankings),
         "ranking_has_control": any(entry.is_control for entry in data.rankings),
+        "importance_plots": _numbered(drawn, "importance"),
+        "before_after_plots": _numbered(drawn, "before_after"),
         "search_plots": search_plots(data),
         "sloped": [entry for entry in data.rankings if entry.slopes],
         "curve_groups": list(grouped(curves, lambda curve: (curve.kind, curve.unit)).items()),
@@ -124,6 +126,11 @@ def _context(data: ReportData, drawn: Mapping[str, Plot]) -> dict[str, Any]:
         ],
         "seconds": sum(cost.seconds for cost in data.costs),
     }
+
+
+def _numbered(drawn: Mapping[str, Plot], name: str) -> list[Plot]:
+    """`name`, `name-2` and so on, as many as were drawn."""
+    return [plot for key, plot in drawn.items() if re.sub(r"-\d+$", "", key) == name]
 
 
 def _study(data: ReportData) -> list[StudyRow]:

@@ -1,16 +1,20 @@
 """What belongs together: measurements of one model, models under one measurement, quality beside speed."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
-from hybridize.report.data import Model, ReportData
-from hybridize.report.measures import HarnessScore, Ranking, Score, Throughput
+from hybridize.report.data import TEACHER, Model, ReportData
+from hybridize.report.measures import HarnessScore, Ranking, Score, Serving, Throughput
 from hybridize.report.numbers import NBSP, TIMES
 
 Z_95 = 1.959963984540054
 """The two-sided 95% quantile of the normal distribution."""
+
+MANY_ROWS = 12
+"""Rows of a chart; more are shown series by series."""
 
 Entry = TypeVar("Entry")
 Key = TypeVar("Key")
@@ -18,11 +22,12 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Measure:
-    """A value with the ends of its 95% interval, where one is known."""
+    """A value with the ends of its 95% interval, where one is known; of several seeds, their mean and each one's."""
 
     value: float
     low: float | None = None
     high: float | None = None
+    seeds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,32 +74,61 @@ class Suite:
 
 @dataclass(frozen=True)
 class Setting:
-    """Models whose speed was measured in the same way."""
+    """Models whose speed was measured in the same way: by the run's own stages in batches of one size, or in a server.
 
-    batch_size: int
+    Attributes:
+        batch_size: sequences at a time; None where each model had as many as fit.
+        prompt_tokens: length of each prompt.
+        new_tokens: generated for each.
+        speeds: by model.
+        serving: the server; None: there was none.
+    """
+
+    batch_size: int | None
     prompt_tokens: int
     new_tokens: int
     speeds: Mapping[str, Throughput]
+    serving: Serving | None = None
 
     def __str__(self) -> str:
+        if self.serving is not None:
+            return str(self.serving)
         return f"batch of {self.batch_size}, {self.prompt_tokens:,}{NBSP}prompt and {self.new_tokens:,}{NBSP}new tokens"
 
     @property
     def is_relative(self) -> bool:
         """Whether the teacher was measured too, so that speeds can be given as multiples of its speed."""
-        return "teacher" in self.speeds
+        return TEACHER in self.speeds
 
     @property
     def unit(self) -> str:
         """What `of` is measured in."""
-        return f"throughput, {TIMES} the teacher's" if self.is_relative else "throughput, tokens per second"
+        where = f" in {self.serving.engine}" if self.serving else ""
+        return f"throughput{where}, " + (f"{TIMES} the teacher's" if self.is_relative else "tokens per second")
+
+    @property
+    def place(self) -> str:
+        """` in vLLM (1 to 16k tokens, NVIDIA H200)`, for a sentence; empty where there was no server."""
+        served = self.serving
+        return f" in {served.engine} ({served.scenario}, {served.device})" if served else ""
+
+    @property
+    def measured(self) -> dict[str, int]:
+        """Models that stand for what was measured, each with how many others have its layout, and so its speed."""
+        others = [speed.layout_of for speed in self.speeds.values()]
+        return {name: others.count(name) for name, speed in self.speeds.items() if not speed.layout_of}
+
+    @property
+    def compares(self) -> bool:
+        """Whether any model but the teacher was measured."""
+        return any(name != TEACHER for name in self.speeds)
 
     def of(self, name: str) -> Measure | None:
         """A model's speed, in `unit`, with its slowest and fastest repeat; None if it was not measured."""
         speed = self.speeds.get(name)
         if speed is None:
             return None
-        one = self.speeds["teacher"].tokens_per_second if self.is_relative else 1.0
+        one = self.speeds[TEACHER].tokens_per_second if self.is_relative else 1.0
         return Measure(speed.tokens_per_second / one, speed.low / one, speed.high / one)
 
 
@@ -156,6 +190,57 @@ def suites(data: ReportData) -> tuple[Suite, ...]:
     return tuple(found)
 
 
+def arranged(suite: Suite, result: str) -> Suite:
+    """The suite as charts show it: seeds of one model as one row, their mean; of many rows, each series by itself.
+
+    Models whose labels differ in a last `, seed 1` only are seeds of one; so is the one without.
+
+    Args:
+        suite: all rows.
+        result: name of the model to emphasise, which gives its name to the seeds that it stands among.
+    """
+    found = []
+    for rows in grouped(suite.rows, lambda row: (seedless(row.model.label), row.model.is_control)).values():
+        labels = [row.model.label for row in rows]
+        if len(set(labels)) == len(labels) > 1:
+            found.append(_mean_row(rows, result))
+        else:
+            found += rows
+    if len(found) > MANY_ROWS:
+        series = list(dict.fromkeys(row.model.series for row in found if row.model.series))
+        order = {name: place for place, name in enumerate(series)}
+        found.sort(key=lambda row: _group_of(row.model, order))
+    return replace(suite, rows=tuple(found))
+
+
+def _group_of(model: Model, order: Mapping[str, int]) -> int:
+    """The place of a model's group: the teacher, series, other models, controls."""
+    if model.is_control:
+        return len(order) + 1
+    return -1 if model.is_teacher else order.get(model.series, len(order))
+
+
+def seedless(label: str) -> str:
+    """A label without its last `, seed 1`."""
+    return re.sub(r", seed \d+$", "", label)
+
+
+def _mean_row(rows: Sequence[SuiteRow], result: str) -> SuiteRow:
+    model = next((row.model for row in rows if row.model.name == result), rows[0].model)
+    tasks = [task for task in rows[0].tasks if all(task in row.tasks for row in rows)]
+    overall = [row.overall for row in rows if row.overall is not None]
+    return SuiteRow(
+        replace(model, label=f"{seedless(model.label)}, {len(rows)} seeds"),
+        _mean(overall) if len(overall) == len(rows) else None,
+        {task: _mean([row.tasks[task] for row in rows]) for task in tasks},
+    )
+
+
+def _mean(seeds: Sequence[Measure]) -> Measure:
+    values = tuple(measure.value for measure in seeds)
+    return Measure(sum(values) / len(values), seeds=values)
+
+
 def _span(counts: Iterable[int | None]) -> str:
     """`100`, or `100 to 250`; nothing if any is unknown, or there are none."""
     known = sorted(set(counts), key=lambda count: count or 0)
@@ -210,13 +295,25 @@ def main_suite(data: ReportData) -> Suite | None:
 
 def settings(data: ReportData) -> tuple[Setting, ...]:
     """Throughput by setting; of two measurements of a model in one setting, the later counts."""
-    by = grouped(data.throughput, lambda speed: (speed.batch_size, speed.prompt_tokens, speed.new_tokens))
-    return tuple(Setting(*key, {speed.model: speed for speed in speeds}) for key, speeds in by.items())
+    by = grouped(data.throughput, _way)
+    return tuple(
+        Setting(batch, prompt, new, {speed.model: speed for speed in speeds}, serving)
+        for (serving, batch, prompt, new), speeds in by.items()
+    )
+
+
+def _way(speed: Throughput) -> tuple[Serving | None, int | None, int, int]:
+    batch_size = None if speed.serving else speed.batch_size
+    return speed.serving, batch_size, speed.prompt_tokens, speed.new_tokens
 
 
 def main_setting(data: ReportData) -> Setting | None:
-    """The setting in which most models were measured, the first of equals."""
-    return max(settings(data), key=lambda setting: len(setting.speeds), default=None)
+    """The setting in which most models were measured, the first of equals; one in a server, if it compares models."""
+    return max(
+        settings(data),
+        key=lambda setting: (setting.serving is not None and setting.compares, len(setting.speeds)),
+        default=None,
+    )
 
 
 def frontier(data: ReportData) -> Frontier | None:
@@ -229,7 +326,9 @@ def frontier(data: ReportData) -> Frontier | None:
     if suite is None:
         return None
     if setting is not None and (points := _points(suite, lambda model: setting.of(model.name))):
-        return Frontier("throughput", setting.unit, points)
+        served = setting.serving
+        where = f"; {served.scenario}, {served.device}" if served else ""
+        return Frontier("throughput", setting.unit + where, points)
     note = "No throughput was measured in this run; {} stands in for it, and says nothing about speed by itself."
     if points := _points(suite, _mixers):
         total = f" of {len(data.layout)}" if data.layout else ""

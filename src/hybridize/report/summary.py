@@ -118,8 +118,8 @@ def _speed(data: ReportData, model: Model) -> str | None:
     if setting is None or speed is None or model.is_teacher:
         return None
     if setting.is_relative:
-        return f"generates {times(speed.value)} as many tokens per second"
-    return f"generates {number(round(speed.value))} tokens per second"
+        return f"generates {times(speed.value)} as many tokens per second{setting.place}"
+    return f"generates {number(round(speed.value))} tokens per second{setting.place}"
 
 
 def _text(data: ReportData, model: Model) -> str | None:
@@ -211,7 +211,7 @@ def console_summary(data: ReportData) -> "Table":
     table = Table(title=Text(data.title), caption=Text(headline(data) or ""), box=box.SIMPLE_HEAD)
     table.add_column("Model")
     headings = ["Right", "Accuracy", "95% interval", "Of teacher"]
-    headings += ["Speed"] if setting else []
+    headings += [f"Speed in {setting.serving.engine}" if setting.serving else "Speed"] if setting else []
     headings += ["Tokens"] if any(spent) else []
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)

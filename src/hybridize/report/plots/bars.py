@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from hybridize.report.data import Model
 from hybridize.report.numbers import number, percent, times
 from hybridize.report.plots.style import BLUE, INK, MUTED, SKY, grid, new_figure, png, wrapped
-from hybridize.report.study import Measure, Setting, Suite
+from hybridize.report.study import MANY_ROWS, Measure, Setting, Suite
 
 _CONTROL_HATCH = "/////"
 
@@ -98,12 +99,13 @@ def _draw(
 ) -> Figure:
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    figure = new_figure(rows * (0.3 * len(models) + (0.75 if titled else 0.9)), narrow)
+    places = _row_places(models)
+    figure = new_figure(rows * (0.3 * (places[-1] + 1) + (0.75 if titled else 0.9)), narrow)
     small = columns > 2 or (narrow and columns > 1)
     for index, (axes, panel) in enumerate(zip(grid(figure, len(panels), columns), panels, strict=True)):
         # The numbers stand to the right of the bars, so the axis goes on where its ticks end.
         axes.set_xlim(0, panel.top * (1.6 if small else 1.3))
-        for place, (model, measure) in enumerate(zip(models, panel.measures, strict=True)):
+        for place, model, measure in zip(places, models, panel.measures, strict=True):
             _bar(axes, place, model, panel, measure, result, small)
         if panel.unit == "share":
             axes.set_xticks([0, 0.5, 1] if small else [0, 0.25, 0.5, 0.75, 1])
@@ -115,26 +117,39 @@ def _draw(
             axes.set_title(wrapped(panel.label, narrow), fontsize=8.5 if narrow else 9)
         else:
             axes.set_xlabel("\n".join(textwrap.wrap(panel.label, 34 if narrow else 44)), loc="left")
-        axes.set_yticks(range(len(models)), [])
+        axes.set_yticks(places, [])
         if index % columns == 0:
-            _name_rows(axes, models, result, narrow)
+            _name_rows(axes, places, models, result, narrow)
         axes.tick_params(axis="y", length=0)
-        axes.set_ylim(len(models) - 0.4, -0.6)
+        axes.set_ylim(places[-1] + 0.6, -0.6)
         axes.spines["bottom"].set_bounds(0, panel.top)
         axes.grid(True, axis="x")
     return figure
 
 
-def _name_rows(axes: Axes, models: Sequence[Model], result: str, narrow: bool) -> None:
+def _row_places(models: Sequence[Model]) -> list[float]:
+    """Where each row stands; of many, the teacher, each series, the others and the controls a little apart."""
+    places = [0.0]
+    for before, model in pairwise(models):
+        apart = _kind(before) != _kind(model) and len(models) > MANY_ROWS
+        places.append(places[-1] + (1.5 if apart else 1.0))
+    return places
+
+
+def _kind(model: Model) -> tuple[bool, bool, str]:
+    return model.is_teacher, model.is_control, "" if model.is_control else model.series
+
+
+def _name_rows(axes: Axes, places: Sequence[float], models: Sequence[Model], result: str, narrow: bool) -> None:
     names = [wrapped(f"{model.label} (control)" if model.is_control else model.label, narrow) for model in models]
-    axes.set_yticks(range(len(models)), names, fontsize=8 if narrow else 8.5)
+    axes.set_yticks(places, names, fontsize=8 if narrow else 8.5)
     for label, model in zip(axes.get_yticklabels(), models, strict=True):
         label.set_fontweight("bold" if model.name == result else "normal")
         label.set_color(MUTED if model.is_control else INK)
 
 
 def _bar(
-    axes: Axes, place: int, model: Model, panel: _Panel, measure: Measure | None, result: str, small: bool
+    axes: Axes, place: float, model: Model, panel: _Panel, measure: Measure | None, result: str, small: bool
 ) -> None:
     size = 7.5 if small else 8.0
     if measure is None:
@@ -156,6 +171,19 @@ def _bar(
                 elinewidth=width,
                 capsize=cap,
             )
+    if measure.seeds:
+        end = max(measure.seeds)
+        axes.plot(
+            measure.seeds,
+            [place] * len(measure.seeds),
+            linestyle="none",
+            marker="o",
+            markersize=4.0,
+            markerfacecolor="white",
+            markeredgecolor=INK,
+            markeredgewidth=0.9,
+            clip_on=False,
+        )
     axes.annotate(
         panel.write(measure.value),
         (end, place),

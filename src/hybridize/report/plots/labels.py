@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import rcParams
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 
@@ -45,6 +46,7 @@ Box = tuple[float, float, float, float]
 _DIRECTIONS = ((1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, -2), (-1, -2), (1, 2), (-1, 2))
 _DISTANCES = (7, 14, 22, 34, 50, 70)
 _LINE_FROM = 16
+_LINE_BEYOND = 24
 _PER_POINT = 8.0
 _NEAR = 14
 _MISLEADING = 150.0
@@ -58,6 +60,8 @@ def place_labels(
     lines: Sequence[Box],
     weights: Sequence[str],
     size: float = 8,
+    drop: bool = False,
+    colours: Sequence[Any] = (),
 ) -> None:
     """Write a text beside each point where it covers no other text, no obstacle, and stays within the axes.
 
@@ -71,13 +75,15 @@ def place_labels(
         lines: what is better not covered, but may be.
         weights: font weight per text.
         size: of the letters, points.
+        drop: leave out a text that finds no such place, rather than let it cover another or leave the axes.
+        colours: of the letters, one per text; by default ink.
     """
     to_pixels = axes.figure.dpi / 72
     inside = [axes.get_window_extent().extents]
     placed: list[Box] = []
     places = [(float(x), float(y)) for x, y in axes.transData.transform(points)]
-    for point, text, weight in zip(points, texts, weights, strict=True):
-        x, y = places[len(placed)]
+    colours = colours or [rcParams["text.color"]] * len(points)
+    for point, (x, y), text, weight, colour in zip(points, places, texts, weights, colours, strict=True):
         note = axes.annotate(
             text,
             point,
@@ -87,6 +93,7 @@ def place_labels(
             va="bottom",
             fontsize=size,
             fontweight=weight,
+            color=colour,
             linespacing=1.15,
             annotation_clip=False,
         )
@@ -94,11 +101,16 @@ def place_labels(
         note.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         extent = note.get_window_extent().size
 
+        def fits(box: Box, extent: Any = extent) -> bool:
+            return not overlap(box, placed) and extent[0] * extent[1] - overlap(box, inside) < 1
+
         def cost(candidate: tuple[int, tuple[int, int]], x: float = x, y: float = y, extent: Any = extent) -> float:
             distance, direction = candidate
             box = _box(x, y, extent, distance * to_pixels, direction)
             covered = 3 * overlap(box, placed) + overlap(box, obstacles) + 0.2 * overlap(box, lines)
             covered += 2 * (extent[0] * extent[1] - overlap(box, inside))
+            if drop and not fits(box):
+                return math.inf
             own = _gap(box, x, y)
             nearer = sum(_gap(box, *other) < min(own, _NEAR * to_pixels) for other in places if other != (x, y))
             covered += _MISLEADING * to_pixels**2 * nearer
@@ -106,10 +118,13 @@ def place_labels(
 
         distance, direction = min(itertools.product(_DISTANCES, _DIRECTIONS), key=cost)
         box = _box(x, y, extent, distance * to_pixels, direction)
+        if drop and not fits(box):
+            note.remove()
+            continue
         placed.append(box)
         note.set_position(((box[0] - x) / to_pixels, (box[1] - y) / to_pixels))
         note.set_multialignment({1: "left", -1: "right", 0: "center"}[_sign(direction[0])])
-        if distance > _LINE_FROM:
+        if distance > _LINE_FROM or _gap(box, x, y) > _LINE_BEYOND * to_pixels:
             near = (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))
             (x1, y1), (x2, y2) = axes.transData.inverted().transform([(x, y), near])
             axes.plot([x1, x2], [y1, y2], color="#8c959f", linewidth=0.7, zorder=1.5)

@@ -7,9 +7,21 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from hybridize.report.measures import Ranking
-from hybridize.report.plots.importance import panel_title
+from hybridize.report.plots.importance import MANY_PANELS, axis_of, in_blocks, title_panel
 from hybridize.report.plots.labels import spread
-from hybridize.report.plots.style import BLUE, INK, MUTED, VERMILION, cut, grid, lay_out, new_figure, png, scale_for
+from hybridize.report.plots.style import (
+    BLUE,
+    INK,
+    MUTED,
+    VERMILION,
+    block_grid,
+    cut,
+    lay_out,
+    new_figure,
+    png,
+    scale_for,
+)
+from hybridize.report.study import grouped
 
 _LABEL_POINTS = 8.0
 _LOG_FROM = 20
@@ -29,12 +41,16 @@ def slope_chart(rankings: Sequence[Ranking], *, narrow: bool) -> Figure:
         A PNG.
     """
     shown = [ranking for ranking in rankings if ranking.slopes]
-    columns = 1 if narrow else min(2, len(shown))
-    rows = -(-len(shown) // columns)
-    figure = new_figure(0.55 + (2.9 if narrow or columns > 1 else 3.6) * rows, narrow)
-    panels = grid(figure, len(shown), columns)
+    many = len(shown) > MANY_PANELS
+    columns = 1 if narrow else 3 if many else min(2, len(shown))
+    shown = in_blocks(shown) if many else shown
+    blocks = [len(block) for block in grouped(shown, lambda ranking: ranking.series).values()] if many else [len(shown)]
+    rows = sum(-(-block // columns) for block in blocks)
+    height = 2.3 if many else 2.9 if narrow or columns > 1 else 3.6
+    figure = new_figure(0.55 + height * rows, narrow)
+    panels = block_grid(figure, blocks, columns)
     for axes, ranking in zip(panels, shown, strict=True):
-        alike = [other for other in shown if (other.method, other.unit) == (ranking.method, ranking.unit)]
+        alike = [other for other in shown if axis_of(other) == axis_of(ranking)]
         values = [value for other in alike for _, *ends in other.slopes for value in ends]
         _lines(axes, ranking)
         logarithmic = scale_for(axes, values, _LOG_FROM)
@@ -42,12 +58,13 @@ def slope_chart(rankings: Sequence[Ranking], *, narrow: bool) -> Figure:
             axes.set_ylim(min(values) / 1.6, max(values) * 1.6)
         else:
             axes.set_ylim(top=max(values) * 1.08 if max(values) > 0 else None)
-        after = "after training" if ranking.steps is None else f"after {ranking.steps:,} steps"
-        axes.set_xticks((0, 1), ("as initialised", after))
-        axes.set(title=cut(panel_title(ranking), 40), ylabel=cut(f"loss, {ranking.unit}", 36))
+        axes.set_xticks((0, 1), _ends(ranking, many), fontsize=7.5 if many else 9)
+        title_panel(axes, ranking, many)
+        first = axes.get_subplotspec().is_first_col()
+        axes.set_ylabel(cut(f"loss, {ranking.unit}", 36) if first or not many else "")
         # Room for the labels on the right; one panel alone need not be as flat as the page is wide.
         wide_alone = len(shown) == 1 and not narrow
-        axes.set_xlim((-0.35, 1.75) if wide_alone else (-0.15, 1.8))
+        axes.set_xlim((-0.35, 1.75) if wide_alone else (-0.15, 2.3 if many else 1.8))
         axes.tick_params(axis="x", length=0)
         axes.spines["bottom"].set_bounds(0, 1)
         axes.grid(True, axis="y")
@@ -58,8 +75,15 @@ def slope_chart(rankings: Sequence[Ranking], *, narrow: bool) -> Figure:
     figure.legend(handles, ["chosen to be replaced", "kept"], loc="outside upper left", ncols=2)
     lay_out(figure)
     for axes, ranking in zip(panels, shown, strict=True):
-        _write_labels(axes, ranking)
+        _write_labels(axes, ranking, 7.0 if many else _LABEL_POINTS)
     return figure
+
+
+def _ends(ranking: Ranking, many: bool) -> tuple[str, str]:
+    """What stands below the two ends of a line; on two lines in small panels."""
+    steps = f"{ranking.steps:,} step{'s' if ranking.steps != 1 else ''}" if ranking.steps is not None else "training"
+    gap = "\n" if many else " "
+    return f"as{gap}initialised", f"after{gap}{steps}"
 
 
 def _lines(axes: Axes, ranking: Ranking) -> None:
@@ -84,13 +108,13 @@ def extremes(ranking: Ranking) -> list[int]:
     return list(dict.fromkeys([*by_end[:2], *by_end[-2:], steepest]))
 
 
-def _write_labels(axes: Axes, ranking: Ranking) -> None:
+def _write_labels(axes: Axes, ranking: Ranking, size: float) -> None:
     """`layer 3: 0.0029` at the end of the lines of the extremes, moved apart where they would touch."""
     ends = {layer: after for layer, _, after in ranking.slopes}
     layers = extremes(ranking)
     to_points = 72.0 / axes.figure.dpi
     heights = [axes.transData.transform((1, ends[layer]))[1] * to_points for layer in layers]
-    for layer, height, moved in zip(layers, heights, spread(heights, 1.35 * _LABEL_POINTS), strict=True):
+    for layer, height, moved in zip(layers, heights, spread(heights, 1.35 * size), strict=True):
         chosen = layer in ranking.chosen
         note = axes.annotate(
             f"layer {layer}: {ends[layer]:.3g}",
@@ -99,7 +123,7 @@ def _write_labels(axes: Axes, ranking: Ranking) -> None:
             textcoords="offset points",
             ha="left",
             va="center",
-            fontsize=_LABEL_POINTS,
+            fontsize=size,
             fontweight="bold" if chosen else "normal",
             color=INK,
             arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},

@@ -1,6 +1,7 @@
 """How all plots look: sizes, colours, hatches, axes; and the way from a figure to its PNG."""
 
 import io
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Sequence
@@ -104,6 +105,20 @@ def grid(figure: Figure, count: int, columns: int) -> list[Axes]:
     for blank in axes[count:]:
         blank.remove()
     return axes[:count]
+
+
+def block_grid(figure: Figure, sizes: Sequence[int], columns: int) -> list[Axes]:
+    """Blocks of so many axes in rows of `columns`, each block beginning a row; what is left over stays blank."""
+    columns = min(max(sizes), columns)
+    rows = [math.ceil(size / columns) for size in sizes]
+    axes = figure.subplots(sum(rows), columns, squeeze=False)
+    kept: list[Axes] = []
+    for at, size in zip(itertools.accumulate(rows, initial=0), sizes, strict=False):
+        block = list(axes[at : at + math.ceil(size / columns)].flat)
+        kept += block[:size]
+        for blank in block[size:]:
+            blank.remove()
+    return kept
 
 
 def styled(entries: Sequence[Any]) -> list[tuple[Any, dict[str, Any]]]:
