@@ -18,7 +18,7 @@ def test_a_series_is_a_schedules_stages_under_its_label_or_name():
     written = load_recipe(RECIPES / "study-h1.yaml")
     series = collecting.series_of(written, 16)
     stages = {s.name for s in expand(written, 16).stages if isinstance(s, RankStage | ConvertStage | DistillStage)}
-    for start, name in (("h1-", "h1"), ("gdn-", "gated delta net")):
+    for start, name in (("h1-", "Mamba-1"), ("gdn-", "gated delta net")):
         mine = {stage for stage in stages if stage.startswith(start)}
         assert len(mine) == 18
         assert {stage for stage, found in series.items() if found == name} >= mine
@@ -82,8 +82,8 @@ def test_rankings_of_a_study_have_titles_of_their_own(monkeypatch):
     titles = [entry.title for entry in found]
     assert len(set(titles)) == len(titles)
     assert {
-        "h1, 8 of 16 layers: loo",
-        "h1, 10 of 16 layers: mmr",
+        "Mamba-1, 8 of 16 layers: loo",
+        "Mamba-1, 10 of 16 layers: mmr",
         "gated delta net, 10 of 16 layers: mmr",
         "gated delta net, 10 of 16 layers: uniform",
         "10 of 16 layers: mmr, mamba1, aligned",
@@ -91,7 +91,7 @@ def test_rankings_of_a_study_have_titles_of_their_own(monkeypatch):
         "10 of 16 layers: loo",
         "10 of 16 layers: random",
     } <= set(titles)
-    assert {entry.series for entry in found} == {"h1", "gated delta net", ""}
+    assert {entry.series for entry in found} == {"Mamba-1", "gated delta net", ""}
 
 
 @pytest.mark.parametrize(
