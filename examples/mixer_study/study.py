@@ -178,7 +178,8 @@ def num_tokens_of(budget: tuple[int, int]) -> int:
 def _worker(
     tasks: "multiprocessing.Queue", results: "multiprocessing.Queue", out: Path, budget: tuple[int, int]
 ) -> None:
-    while (task := tasks.get()) is not None:
+    parent = multiprocessing.parent_process()
+    while (task := tasks.get()) is not None and parent.is_alive():  # a killed one leaves its tasks behind
         name, seed = task
         try:
             results.put(run_trial(name, seed, rows_file(out, seed, budget), out / "work", *budget))
