@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from recurrence_checks import assert_same
 from torch import Tensor
 
 from hybridize.ops.gated_delta import gated_delta_rule, gated_delta_rule_step
@@ -74,18 +75,6 @@ def weights_for(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         torch.randn(batch, length, heads, value_width).to(dtype),
         torch.randn(batch, heads, key_width, value_width).to(dtype),
     )
-
-
-def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Compare each tensor at the scale of its largest entry."""
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert got[name].dtype == tensor.dtype, name
-        assert got[name].shape == tensor.shape, name
-        assert torch.isfinite(tensor).all(), name
-        scale = float(tensor.detach().abs().max()) or 1.0
-        error = float((got[name].double() - tensor.double()).detach().abs().max()) / scale
-        assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
 
 def assert_chunked_is_reference(op: str, inputs: dict[str, Tensor], tolerance: float = EXACT) -> None:
